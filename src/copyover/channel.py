@@ -1,0 +1,256 @@
+"""
+How packets with descriptors cross a unix socket: the only sendmsg and recvmsg of the project.
+
+It decides nothing about what they mean, and it never blocks.
+
+SEQPACKET, not STREAM: a stream may merge a plain message with the next one, whose descriptors then arrive with the
+wrong bytes. unix(7), BUGS.
+"""
+
+from __future__ import annotations
+
+import array
+import collections
+import errno
+import fcntl
+import mmap
+import os
+import socket
+from typing import TYPE_CHECKING, Self
+
+import attrs
+
+from copyover import wire
+from copyover.errors import ChannelClosed, TruncatedPacket, WireError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import TracebackType
+
+MAX_PACKET_BYTES = 64 << 10  # larger bodies travel in a memfd
+_BUFFER_BYTES = 4 << 20  # the default queues 13 packets of 16 KiB
+_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+_MFD_NOEXEC_SEAL = 8  # Linux 6.3; older kernels answer EINVAL. memfd_create(2)
+_ANCILLARY_BYTES = socket.CMSG_SPACE((wire.MAX_DESCRIPTORS + 1) * array.array("i").itemsize)
+# ETOOMANYREFS: more descriptors of this user are in flight than its soft NOFILE. unix(7)
+_BACK_PRESSURE = frozenset({errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS})
+
+
+@attrs.define
+class Packet:
+    """
+    One message with the descriptors that came with it.
+
+    The receiver owns the descriptors until it takes them: use the packet in a ``with`` block.
+    """
+
+    message: wire.Message
+    descriptors: list[int]
+
+    def take(self) -> list[int]:
+        """Hand the descriptors over to the caller."""
+        taken, self.descriptors = self.descriptors, []
+        return taken
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _close_all(self.descriptors)
+        self.descriptors = []
+
+
+@attrs.define
+class _Outgoing:
+    payload: bytes
+    descriptors: Sequence[int]  # borrowed, or owned when a memfd is among them
+    memfd: int | None
+    on_sent: Callable[[], None] | None
+
+
+class Channel:
+    """
+    One end of a SEQPACKET socket.
+
+    Packets leave in the order in which they were sent; those that the kernel does not take at once wait here.
+    *on_backlog* is called with True when the first has to wait and with False when none waits any more, so that the
+    event loop watches for writability only then.
+    """
+
+    def __init__(self, sock: socket.socket, on_backlog: Callable[[bool], None] = lambda _: None) -> None:
+        sock.setblocking(False)
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            sock.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
+        self._socket = sock
+        self._queue: collections.deque[_Outgoing] = collections.deque()
+        self._is_watched = False
+        self.on_backlog = on_backlog
+        self.version = wire.WIRE_VERSIONS[1]
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    @property
+    def has_backlog(self) -> bool:
+        return bool(self._queue)
+
+    def send(
+        self,
+        message: wire.Message,
+        descriptors: Sequence[int] = (),
+        on_sent: Callable[[], None] | None = None,
+    ) -> None:
+        """
+        Send *message*, or queue it; *on_sent* is called once the kernel has it.
+
+        The descriptors are borrowed until then: the caller keeps them open.
+
+        Raises:
+            ChannelClosed: the peer is gone.
+
+        """
+        header, body = wire.encode(message, descriptors=len(descriptors), version=self.version)
+        memfd = None
+        if len(body) <= MAX_PACKET_BYTES:
+            payload = header.pack() + body
+        else:
+            memfd = _sealed_memfd(body)
+            payload = attrs.evolve(header, flags=header.flags | wire.FLAG_MEMFD).pack()
+            descriptors = [*descriptors, memfd]
+        self._queue.append(_Outgoing(payload, descriptors, memfd, on_sent))
+        if not self._is_watched:
+            self.flush()
+
+    def flush(self) -> None:
+        """
+        Send what waits, as far as the kernel takes it.
+
+        Raises:
+            ChannelClosed: the peer is gone.
+
+        """
+        while self._queue:
+            outgoing = self._queue[0]
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", outgoing.descriptors))]
+            try:
+                self._socket.sendmsg([outgoing.payload], rights if outgoing.descriptors else [], socket.MSG_NOSIGNAL)
+            except OSError as problem:
+                if problem.errno in _BACK_PRESSURE:
+                    self._watch(True)
+                    return
+                self.close_queue()
+                raise ChannelClosed(f"the peer of the channel is gone: {problem}") from problem
+            self._queue.popleft()
+            if outgoing.memfd is not None:
+                os.close(outgoing.memfd)
+            if outgoing.on_sent is not None:
+                outgoing.on_sent()
+        self._watch(False)
+
+    def _watch(self, is_watched: bool) -> None:  # noqa: FBT001
+        if is_watched != self._is_watched:
+            self._is_watched = is_watched
+            self.on_backlog(is_watched)
+
+    def receive(self) -> Packet:
+        """
+        Return the next packet.
+
+        Raises:
+            BlockingIOError: none has come.
+            ChannelClosed: the peer closed its end, and all that it had sent is read.
+            TruncatedPacket: the kernel dropped descriptors; those that did arrive are closed.
+            WireError: the packet is not one of the protocol; its descriptors are closed.
+
+        See unix(7), SCM_RIGHTS; recvmsg(2), MSG_CMSG_CLOEXEC.
+        """
+        size = wire.HEADER.size + MAX_PACKET_BYTES
+        try:
+            payload, ancillary, flags, _ = self._socket.recvmsg(size, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
+        except ConnectionError as problem:
+            raise ChannelClosed(f"the peer of the channel is gone: {problem}") from problem
+        descriptors = _descriptors_of(ancillary)
+        try:
+            if flags & socket.MSG_CTRUNC:
+                raise TruncatedPacket(f"the kernel dropped descriptors of a packet; {len(descriptors)} arrived")
+            if flags & socket.MSG_TRUNC:
+                raise WireError(f"a packet is longer than {size} bytes")
+            if not payload:
+                raise ChannelClosed("the peer closed the channel")
+            return _open_packet(payload, descriptors)
+        except WireError:
+            _close_all(descriptors)
+            raise
+
+    def close_queue(self) -> None:
+        for outgoing in self._queue:
+            if outgoing.memfd is not None:
+                os.close(outgoing.memfd)
+        self._queue.clear()
+
+    def close(self) -> None:
+        self.close_queue()
+        self._socket.close()
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """Return the two ends of a new channel, both close-on-exec."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def _open_packet(payload: bytes, descriptors: list[int]) -> Packet:
+    header = wire.decode_header(payload)
+    claimed = header.descriptors + header.has_memfd
+    if len(descriptors) != claimed:
+        raise WireError(f"a packet claims {claimed} descriptors and came with {len(descriptors)}")
+    if not header.has_memfd:
+        return Packet(wire.decode(header, memoryview(payload)[wire.HEADER.size :]), descriptors)
+    message = wire.decode(header, _read_memfd(descriptors[-1]))
+    os.close(descriptors.pop())
+    return Packet(message, descriptors)
+
+
+def _sealed_memfd(body: bytes) -> int:
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    try:
+        memfd = os.memfd_create("copyover", flags | _MFD_NOEXEC_SEAL)
+    except OSError as problem:
+        if problem.errno != errno.EINVAL:
+            raise
+        memfd = os.memfd_create("copyover", flags)
+    with memoryview(body) as view:
+        written = 0
+        while written < len(view):
+            written += os.write(memfd, view[written:])
+    fcntl.fcntl(memfd, fcntl.F_ADD_SEALS, _SEALS)
+    return memfd
+
+
+def _read_memfd(memfd: int) -> bytes:
+    try:
+        seals = fcntl.fcntl(memfd, fcntl.F_GET_SEALS)
+    except OSError as problem:
+        raise WireError("the descriptor that should hold a packet's body is no memfd") from problem
+    # Unsealed, the sender could change or shrink it while it is read. memfd_create(2), file sealing
+    if seals & _SEALS != _SEALS:
+        raise WireError("the memfd that holds a packet's body is not sealed")
+    size = os.fstat(memfd).st_size
+    if not 0 < size <= wire.MAX_BODY_BYTES:
+        raise WireError(f"a packet's body of {size} bytes is not between 1 and {wire.MAX_BODY_BYTES}")
+    with mmap.mmap(memfd, size, prot=mmap.PROT_READ) as body:
+        return bytes(body)
+
+
+def _descriptors_of(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    descriptors = array.array("i")
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
+    return descriptors.tolist()
+
+
+def _close_all(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
