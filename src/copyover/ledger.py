@@ -1,0 +1,239 @@
+"""
+Who owns each connection, at which epoch.
+
+It knows descriptors as names only and opens, closes and sends nothing; each method checks first and then changes, so
+that an illegal event leaves the ledger as it was.
+"""
+
+from __future__ import annotations
+
+import collections
+import enum
+from typing import TYPE_CHECKING
+
+import attrs
+
+from copyover.errors import IllegalEvent
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from copyover.wire import Record
+
+
+class Standing(enum.Enum):
+    """What the holder knows of a connection. All transitions are methods of the Ledger."""
+
+    SERVED = "served"  # its owner serves it
+    FREEZING = "freezing"  # its owner was asked to stop at a boundary
+    PARKED = "parked"  # nobody serves it; the record is here
+    THAWING = "thawing"  # its owner was given the record and has not said that it serves
+
+
+@attrs.define
+class Passage:
+    """What is noted of a connection only while a move is under way."""
+
+    staged_in: int = 0  # the worker that has built it, paused; 0 is none
+    origin: int = 0  # the worker whose coroutine still waits for it; 0 is none
+    record: Record | None = None  # what the last freeze gave
+    was_adopted: bool = False  # somebody else than its origin has served it since
+    kept_because: str | None = None
+
+
+@attrs.define
+class Entry:
+    """One connection."""
+
+    cookie: int
+    descriptor: int
+    listener: int
+    owner: int
+    epoch: int = 0
+    standing: Standing = Standing.SERVED
+    passage: Passage | None = None
+
+    @property
+    def moving(self) -> Passage:
+        """The notes of the move, begun at the first look."""
+        if self.passage is None:
+            self.passage = Passage()
+        return self.passage
+
+
+@attrs.frozen
+class Ending:
+    """A connection that ended: whose copies are to be dropped, and the descriptor to close."""
+
+    cookie: int
+    descriptor: int
+    copies_in: tuple[int, ...]
+    standing: Standing
+
+
+class Ledger:
+    """All live connections, and the tombstones of those that ended during the move."""
+
+    def __init__(self) -> None:
+        self.entries: dict[int, Entry] = {}
+        self.tombstones: set[int] = set()
+        self.is_moving = False
+        self.owned: collections.Counter[int] = collections.Counter()
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def of(self, worker: int) -> Iterator[Entry]:
+        return (entry for entry in self.entries.values() if entry.owner == worker)
+
+    def check(
+        self, worker: int, cookies: Sequence[int], epochs: Sequence[int], standings: tuple[Standing, ...]
+    ) -> None:
+        """
+        See that *worker* may say this of all of them, before anything of it is believed.
+
+        Raises:
+            IllegalEvent: one is not its own, not in such a standing, at another epoch, or named twice.
+
+        """
+        if len(set(cookies)) != len(cookies):
+            raise IllegalEvent(f"worker {worker} named a connection twice in one message")
+        for cookie, epoch in zip(cookies, epochs, strict=True):
+            if cookie in self.tombstones:
+                continue
+            entry = self._owned_by(worker, cookie, *standings)
+            if epoch != entry.epoch:
+                raise IllegalEvent(f"worker {worker} spoke of connection {cookie} at epoch {epoch}, not {entry.epoch}")
+
+    def _owned_by(self, worker: int, cookie: int, *standings: Standing) -> Entry:
+        entry = self.entries.get(cookie)
+        if entry is None:
+            raise IllegalEvent(f"connection {cookie} is not in the ledger")
+        if entry.owner != worker or entry.standing not in standings:
+            raise IllegalEvent(
+                f"worker {worker} spoke of connection {cookie}, {entry.standing.value} by worker {entry.owner}"
+            )
+        return entry
+
+    def _give(self, entry: Entry, worker: int, standing: Standing) -> None:
+        if entry.owner != worker:
+            self.owned[entry.owner] -= 1
+            self.owned[worker] += 1
+            entry.owner = worker
+        entry.standing = standing
+
+    def lend(self, worker: int, cookie: int, descriptor: int, listener: int) -> Entry:
+        if cookie in self.entries:
+            raise IllegalEvent(f"connection {cookie} was lent twice")
+        entry = self.entries[cookie] = Entry(cookie, descriptor, listener, worker)
+        self.owned[worker] += 1
+        return entry
+
+    def release(self, worker: int, cookie: int) -> Ending:
+        """The owner says that it ended. A tombstone stays, so that nothing revives it."""
+        entry = self._owned_by(worker, cookie, Standing.SERVED, Standing.FREEZING, Standing.THAWING)
+        return self._end(entry)
+
+    def lose(self, cookie: int) -> Ending:
+        """The connection cannot be served any more by anybody."""
+        return self._end(self.entries[cookie])
+
+    def _end(self, entry: Entry) -> Ending:
+        del self.entries[entry.cookie]
+        self.owned[entry.owner] -= 1
+        if self.is_moving:
+            self.tombstones.add(entry.cookie)
+        passage = entry.passage or Passage()
+        copies = tuple(dict.fromkeys(w for w in (passage.staged_in, passage.origin) if w not in (0, entry.owner)))
+        return Ending(entry.cookie, entry.descriptor, copies, entry.standing)
+
+    def stage(self, cookie: int, worker: int) -> None:
+        self.entries[cookie].moving.staged_in = worker
+
+    def unstage(self, cookie: int) -> int:
+        """Return the worker that is to drop its paused copy, 0 if there is none."""
+        entry = self.entries[cookie]
+        worker, entry.moving.staged_in = entry.moving.staged_in, 0
+        return worker
+
+    def freeze(self, cookie: int) -> int:
+        """Return the epoch at which its owner is asked to stop."""
+        entry = self._owned_by(self.entries[cookie].owner, cookie, Standing.SERVED, Standing.THAWING)
+        entry.standing = Standing.FREEZING
+        return entry.epoch
+
+    def is_late(self, cookie: int) -> bool:
+        """Whether what a worker says of it is void: it has ended meanwhile."""
+        return cookie in self.tombstones
+
+    def frozen(self, worker: int, cookie: int, epoch: int, record: Record) -> Entry:
+        entry = self._owned_by(worker, cookie, Standing.FREEZING)
+        if epoch != entry.epoch:
+            raise IllegalEvent(f"connection {cookie} was frozen at epoch {epoch} instead of {entry.epoch}")
+        passage = entry.moving
+        passage.record = record
+        if passage.origin == 0:  # the coroutine that can go on after a roll-back is the first that stopped
+            passage.origin = worker
+        entry.standing = Standing.PARKED
+        return entry
+
+    def refuse(self, worker: int, cookie: int, reason: str) -> Entry:
+        """The owner keeps it (answer to a freeze), or gives the record back (answer to a thaw)."""
+        entry = self._owned_by(worker, cookie, Standing.FREEZING, Standing.THAWING)
+        entry.moving.kept_because = reason
+        entry.standing = Standing.SERVED if entry.standing is Standing.FREEZING else Standing.PARKED
+        return entry
+
+    def thaw(self, cookie: int, worker: int) -> Entry:
+        """Give a parked connection to *worker*, at the next epoch."""
+        entry = self.entries[cookie]
+        if entry.standing is not Standing.PARKED or entry.moving.record is None:
+            raise IllegalEvent(f"connection {cookie} is {entry.standing.value}, not parked with a record")
+        entry.epoch += 1
+        self._give(entry, worker, Standing.THAWING)
+        return entry
+
+    def adopt(self, worker: int, cookie: int, epoch: int) -> Entry:
+        entry = self._owned_by(worker, cookie, Standing.THAWING, Standing.FREEZING)
+        if epoch != entry.epoch:
+            raise IllegalEvent(f"connection {cookie} was adopted at epoch {epoch} instead of {entry.epoch}")
+        if entry.standing is Standing.THAWING:  # else a freeze crossed it, and its answer follows
+            entry.standing = Standing.SERVED
+        entry.moving.was_adopted |= worker != entry.moving.origin
+        return entry
+
+    def unserved(self, entry: Entry, worker: int) -> bool:
+        """Whether *worker* froze it and nobody has served it since: its very coroutine can go on."""
+        passage = entry.moving
+        return passage.origin == worker and not passage.was_adopted
+
+    def has_record(self, entry: Entry) -> bool:
+        """Whether its owner was given a record and has not said that it served since."""
+        passage = entry.passage
+        if passage is None or passage.record is None:
+            return False
+        return entry.standing is Standing.THAWING or (
+            # A freeze crossed the thaw: had it been adopted first, the adopted would have come first.
+            entry.standing is Standing.FREEZING
+            and entry.owner != passage.origin
+            and not passage.was_adopted
+        )
+
+    def park(self, cookie: int) -> Entry:
+        """Take back what a worker that died had been given and did not serve."""
+        entry = self.entries[cookie]
+        if not self.has_record(entry):
+            raise IllegalEvent(f"connection {cookie} is {entry.standing.value}, its record is of the past")
+        entry.standing = Standing.PARKED
+        return entry
+
+    def begin(self) -> None:
+        """A move begins: note who ends."""
+        self.is_moving = True
+
+    def settle(self) -> None:
+        """The move is over: forget records, origins and tombstones."""
+        self.is_moving = False
+        for entry in self.entries.values():
+            entry.passage = None
+        self.tombstones.clear()
