@@ -1,0 +1,56 @@
+"""
+What the kernel knows and does about one socket: its identity, its true reset.
+
+It owns no socket and keeps nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import socket
+import struct
+
+_SO_COOKIE = 57  # asm-generic/socket.h; socket(7) does not have it yet
+_AF_UNSPEC_ADDRESS = struct.pack("=H14x", socket.AF_UNSPEC)
+
+
+def cookie_of(sock: socket.socket) -> int:
+    """Return SO_COOKIE: the connection's identity for this boot, equal in every process that holds it."""
+    value: int = struct.unpack("Q", sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8))[0]
+    return value
+
+
+def cookie_of_descriptor(descriptor: int) -> int:
+    """
+    Return the cookie of a borrowed descriptor.
+
+    Raises:
+        OSError: it is no socket (ENOTSOCK).
+
+    """
+    # Family and type given: nothing is asked of the kernel to make this object, and getsockopt needs neither.
+    borrowed = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fileno=descriptor)
+    try:
+        return cookie_of(borrowed)
+    finally:
+        borrowed.detach()
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def reset(sock: socket.socket) -> None:
+    """
+    Send a true RST although others hold the connection too.
+
+    SO_LINGER 0 and close say nothing while a dup lives; dissolving the association does. connect(2), AF_UNSPEC.
+    """
+    if sock.family == socket.AF_UNIX:
+        sock.shutdown(socket.SHUT_RDWR)
+    elif _libc().connect(sock.fileno(), _AF_UNSPEC_ADDRESS, len(_AF_UNSPEC_ADDRESS)) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))

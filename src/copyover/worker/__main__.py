@@ -1,0 +1,162 @@
+"""
+How a worker starts: greet the holder, load the application, adopt the listeners, say ready, serve.
+
+Run by the holder as ``PYTHON -P -m copyover.worker``; it takes nothing from its command line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import platform
+import select
+import signal
+import socket
+import sys
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+import copyover
+from copyover import wire
+from copyover.channel import Channel
+from copyover.errors import CopyoverError, StartupFailed, WireError
+from copyover.worker.application import load
+from copyover.worker.connection import Limits
+from copyover.worker.runtime import Runtime, leave
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from copyover.worker.application import Application
+
+log = logging.getLogger("copyover.worker")
+
+
+def main() -> None:
+    try:
+        channel = Channel(_inherited_socket("COPYOVER_CHANNEL"))
+        stderr = _inherited("COPYOVER_STDERR")
+        worker, instance = int(os.environ["COPYOVER_WORKER"]), os.environ["COPYOVER_INSTANCE"]
+    except (KeyError, ValueError, OSError):
+        sys.exit("copyover.worker is started by a holder; start that one with: copyover run module:attribute")
+    logging.basicConfig(
+        level=logging.INFO, format=f"%(asctime)s %(levelname)s %(name)s worker={worker} %(message)s"
+    )
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the holder's business
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    channel.send(_hello(worker, instance))
+    try:
+        welcome, descriptors = _await_welcome(channel)
+    except WireError as problem:
+        log.error("no welcome from the holder: %s", problem)  # noqa: TRY400  # the sentence says it all
+        leave(1)
+    try:
+        application = load(welcome.application, welcome.app_dir)
+        make_loop, loop_name = _loop_factory(str(welcome.options.get("loop", "auto")))
+    except CopyoverError as problem:
+        _fail(channel, problem)
+    listeners = [
+        (welcome.names[place], socket.socket(fileno=descriptor))
+        for place, descriptor in zip(welcome.listener, descriptors, strict=True)
+    ]
+    with asyncio.Runner(loop_factory=make_loop) as runner:
+        runner.run(_serve(channel, application, listeners, welcome, loop_name, stderr))
+        leave(0)
+
+
+async def _serve(
+    channel: Channel,
+    application: Application[Any],
+    listeners: list[tuple[str, socket.socket]],
+    welcome: wire.Welcome,
+    loop_name: str,
+    stderr: int,
+) -> None:
+    if application.startup is not None:
+        try:
+            await application.startup()
+        except Exception as problem:
+            _fail(channel, StartupFailed(f"startup raised {type(problem).__name__}: {problem}"), problem)
+    runtime = Runtime(asyncio.get_running_loop(), channel, application, listeners, _limits(welcome.options))
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, runtime.terminate)
+    runtime.send(
+        wire.Ready(
+            application=welcome.application,
+            loop=loop_name,
+            writes=application.schema,
+            reads=application.readable,
+            shares=application.export_shared is not None,
+        )
+    )
+    # Until here stderr is a pipe, so that the holder can quote it; a pipe would break when the holder dies.
+    sys.stderr.flush()
+    os.dup2(stderr, 2)
+    os.close(stderr)
+    await runtime.run()
+
+
+def _inherited(name: str) -> int:
+    """Take a descriptor that the holder left open for us, and keep it from our own children."""
+    descriptor = int(os.environ.pop(name))
+    os.set_inheritable(descriptor, False)
+    return descriptor
+
+
+def _inherited_socket(name: str) -> socket.socket:
+    return socket.socket(fileno=_inherited(name))
+
+
+def _hello(worker: int, instance: str) -> wire.Hello:
+    return wire.Hello(
+        wire=list(wire.WIRE_VERSIONS),
+        record=list(wire.RECORD_VERSIONS),
+        copyover=copyover.__version__,
+        python=platform.python_version(),
+        pid=os.getpid(),
+        worker=worker,
+        instance=instance,
+    )
+
+
+def _await_welcome(channel: Channel) -> tuple[wire.Welcome, list[int]]:
+    poll = select.poll()
+    poll.register(channel.fileno(), select.POLLIN)
+    poll.poll()
+    packet = channel.receive()
+    welcome = wire.expect(packet.message, wire.Welcome)
+    channel.version = welcome.wire
+    return welcome, packet.take()
+
+
+def _loop_factory(name: str) -> tuple[Callable[[], asyncio.AbstractEventLoop], str]:
+    """Return how to make the event loop; ``auto`` is uvloop where the release has it."""
+    if name in ("auto", "uvloop"):
+        try:
+            import uvloop  # noqa: PLC0415  # the release may not have it
+        except ImportError as missing:
+            if name == "uvloop":
+                problem = f"loop is uvloop, and {sys.executable} does not have it: pip install uvloop"
+                raise StartupFailed(problem) from missing
+        else:
+            return uvloop.new_event_loop, "uvloop"
+    return asyncio.new_event_loop, "asyncio"
+
+
+def _limits(options: dict[str, Any]) -> Limits:
+    known = {field.name for field in attrs.fields(Limits)}
+    return Limits(**{name: value for name, value in options.items() if name in known})
+
+
+def _fail(channel: Channel, problem: CopyoverError, cause: BaseException | None = None) -> None:
+    """Say why and go; the traceback goes to stderr, which the holder reads until now."""
+    cause = cause or problem.__cause__
+    if isinstance(problem, StartupFailed) and cause is not None:
+        log.error("%s", problem, exc_info=cause)
+    channel.send(wire.Failed(reason=str(problem), status=problem.exit_code))
+    leave(problem.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,483 @@
+"""
+The worker's half of the protocol: what each message of the holder means for each of its connections.
+
+It does no I/O and knows neither asyncio nor sockets, so that a threaded server can drive it too: messages and local
+events go in, effects come out.
+"""
+
+from __future__ import annotations
+
+import collections
+import enum
+from typing import TYPE_CHECKING
+
+import attrs
+
+from copyover import wire
+from copyover.errors import IllegalEvent
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from typing import Any
+
+
+_AGAIN_S = 0.05
+
+
+class Standing(enum.Enum):
+    """What this worker does with a connection. All transitions are in this module."""
+
+    SERVING = "serving"
+    FREEZING = "freezing"  # asked to stop, not at a boundary yet
+    HALTED = "halted"  # stopped at a boundary, waiting for the cut
+    FROZEN = "frozen"  # its record is sent; record, descriptor and coroutine are kept until commit
+    STAGED = "staged"  # built, paused, no record yet
+    THAWED = "thawed"  # it has its record and is not adopted yet
+
+
+@attrs.define
+class Seat:
+    """One connection as this worker sees it."""
+
+    standing: Standing
+    epoch: int = 0
+    batch: int = 0
+    is_cut: bool = False
+    halted_ns: int = 0
+
+
+# ---- effects
+
+
+@attrs.frozen
+class Send:
+    """*cookies* names the descriptors that go along."""
+
+    message: wire.Message
+    cookies: tuple[int, ...] = ()
+
+
+@attrs.frozen
+class Build:
+    """Make paused connections of the descriptors that came with the message."""
+
+    cookies: tuple[int, ...]
+    listeners: tuple[int, ...]
+
+
+@attrs.frozen
+class Halt:
+    """Ask these to stop at a boundary; answer with ``halted`` for those that stand at one, then and later."""
+
+    batch: int
+    cookies: tuple[int, ...]
+
+
+@attrs.frozen
+class Withdraw:
+    """Let these go on; answer with ``withdrawn`` and why they never stopped."""
+
+    cookies: tuple[int, ...]
+
+
+@attrs.frozen
+class Export:
+    """Take the records of these; with *is_cut* the shared state too. Answer with ``exported``."""
+
+    batch: int
+    cookies: tuple[int, ...]
+    is_cut: bool
+
+
+@attrs.frozen
+class Restore:
+    """Give these their records, or with UNSERVED wake their own; answer with ``restored``."""
+
+    cookies: tuple[int, ...]
+    records: tuple[wire.Record, ...]
+
+
+@attrs.frozen
+class ImportShared:
+    """Give the application the shared states that the cut came with; if it fails, nothing after it is performed."""
+
+    shared: tuple[bytes, ...]
+
+
+@attrs.frozen
+class Serve:
+    """Enter these; with *is_cut* read no input before all are entered. Their ``adopted`` is queued already."""
+
+    cookies: tuple[int, ...]
+    is_cut: bool
+
+
+@attrs.frozen
+class Discard:
+    """Close our copies and let their coroutines sleep: somebody else serves them, or nobody."""
+
+    cookies: tuple[int, ...]
+
+
+@attrs.frozen
+class Accept:
+    is_on: bool
+
+
+@attrs.frozen
+class MoveBegins:
+    """No garbage collection from here to MoveEnds."""
+
+
+@attrs.frozen
+class MoveEnds:
+    pass
+
+
+@attrs.frozen
+class Retire:
+    """Finish what is still served, for at most *drain_s*, then go."""
+
+    drain_s: float
+
+
+@attrs.frozen
+class StopServing:
+    """Close each connection at its boundary, the rest after *drain_s*, then go."""
+
+    drain_s: float
+
+
+@attrs.frozen
+class SetTimer:
+    name: str
+    after_s: float
+
+
+Effect = (
+    Send
+    | Build
+    | Halt
+    | Withdraw
+    | Export
+    | Restore
+    | ImportShared
+    | Serve
+    | Discard
+    | Accept
+    | MoveBegins
+    | MoveEnds
+    | Retire
+    | StopServing
+    | SetTimer
+)
+
+
+class Agent:
+    """
+    All connections of one worker and what the holder was told of them.
+
+    Every method returns effects, to be performed in order.
+    """
+
+    def __init__(self) -> None:
+        self.seats: dict[int, Seat] = {}
+        self.unacked: collections.deque[int] = collections.deque()  # lent, to be lent again to a new holder
+        self._acked = 0
+        self._staged = 0
+        self._gathering: set[int] | None = None  # of a cut: those that have not stopped yet
+        self._waiting: dict[int, list[int]] = {}  # by batch: those that were asked to stop
+        self._thawed: dict[int, Seat] = {}
+
+    def handle(self, message: wire.Message, now_ns: int = 0) -> list[Effect]:
+        """
+        Take one message of the holder at CLOCK_MONOTONIC *now_ns*.
+
+        Raises:
+            IllegalEvent: it means nothing here.
+
+        """
+        transition = _TRANSITIONS.get(type(message))
+        if transition is None:
+            raise IllegalEvent(f"a worker takes no {type(message).__name__}")
+        return transition(self, message, now_ns)
+
+    # ---- accepting
+
+    def accepted(self, cookies: Sequence[int], listener: int) -> list[Effect]:
+        """Take fresh connections in; the lend comes before their first read."""
+        for cookie in cookies:
+            self.seats[cookie] = Seat(Standing.SERVING)
+        self.unacked.extend(cookies)
+        return [
+            Send(wire.Lend(cookie=tuple(chunk), listener=(listener,) * len(chunk)), tuple(chunk))
+            for chunk in _chunks(cookies, wire.MAX_DESCRIPTORS)
+        ]
+
+    def ended(self, hows: Mapping[int, wire.How]) -> list[Effect]:
+        """Tell the holder which connections ended; to a freeze under way this is the answer."""
+        ended = [(cookie, self.seats.pop(cookie), how) for cookie, how in hows.items() if cookie in self.seats]
+        effects: list[Effect] = [
+            Send(
+                wire.Release(
+                    cookie=tuple([cookie for cookie, _, _ in chunk]),
+                    epoch=tuple([seat.epoch for _, seat, _ in chunk]),
+                    how=tuple([how for _, _, how in chunk]),
+                )
+            )
+            for chunk in _chunks(ended, wire.MAX_ROWS)
+        ]
+        if self._gathering is not None:
+            self._gathering.difference_update(hows)
+            effects += self._close_cut_if_all_stopped()
+        return effects
+
+    def _lend_ack(self, message: wire.LendAck, _: int) -> list[Effect]:
+        if not 0 <= message.total - self._acked <= len(self.unacked):
+            raise IllegalEvent(f"{message.total} lends acknowledged, {self._acked} were before")
+        for _ in range(message.total - self._acked):
+            self.unacked.popleft()
+        self._acked = message.total
+        return []
+
+    def _accept_on(self, _message: wire.AcceptOn, _: int) -> list[Effect]:
+        return [Accept(is_on=True)]
+
+    def _accept_off(self, message: wire.AcceptOff, _: int) -> list[Effect]:
+        begins: list[Effect] = [MoveBegins()] if message.moving else []
+        return [*begins, Accept(is_on=False), Send(wire.AcceptOffAck())]
+
+    # ---- staging
+
+    def _stage(self, message: wire.Stage, _: int) -> list[Effect]:
+        for cookie in message.cookie:
+            if cookie in self.seats:
+                raise IllegalEvent(f"connection {cookie} is staged where it is {self.seats[cookie].standing.value}")
+            self.seats[cookie] = Seat(Standing.STAGED)
+        begins: list[Effect] = [MoveBegins()] if self._staged == 0 else []
+        self._staged += message.rows
+        return [*begins, Build(message.cookie, message.listener), Send(wire.Staged(total=self._staged))]
+
+    def _drop(self, message: wire.Drop, _: int) -> list[Effect]:
+        gone = []
+        for cookie in message.cookie:
+            seat = self.seats.get(cookie)
+            if seat is None:
+                continue
+            if seat.standing not in (Standing.STAGED, Standing.FROZEN):
+                raise IllegalEvent(f"connection {cookie} is to be dropped where it is {seat.standing.value}")
+            del self.seats[cookie]
+            gone.append(cookie)
+        return [Discard(tuple(gone))] if gone else []
+
+    # ---- freezing
+
+    def _freeze(self, message: wire.Freeze, _: int) -> list[Effect]:
+        is_cut = message.gather_ms > 0
+        running, thawed = [], []
+        for cookie, epoch in zip(message.cookie, message.epoch, strict=True):
+            seat = self.seats.get(cookie)
+            if seat is None or seat.epoch > epoch:
+                continue  # its release has crossed this, or it speaks of the past
+            if seat.standing is Standing.SERVING:
+                seat.standing, seat.batch, seat.is_cut = Standing.FREEZING, message.batch, is_cut
+                running.append(cookie)
+            elif seat.standing is Standing.THAWED:
+                thawed.append(cookie)
+            else:
+                raise IllegalEvent(f"connection {cookie} is to be frozen where it is {seat.standing.value}")
+        effects: list[Effect] = []
+        if running:
+            self._waiting[message.batch] = running
+            effects.append(SetTimer(f"wait {message.batch}", message.wait_ms / 1000))
+        if thawed:
+            for cookie in thawed:
+                del self._thawed[cookie]
+            effects.append(Export(0, tuple(thawed), is_cut=False))
+        if is_cut:
+            return effects + self._gather(message, running)
+        return [*effects, Halt(message.batch, tuple(running))]
+
+    def _gather(self, message: wire.Freeze, running: list[int]) -> list[Effect]:
+        effects: list[Effect] = []
+        if self._gathering is None:
+            self._gathering = set()
+            effects.append(SetTimer("gather", message.gather_ms / 1000))
+        self._gathering.update(running)
+        if message.more:
+            # Held open by this mark until the last packet of the cut has come.
+            self._gathering.add(-1)
+        else:
+            self._gathering.discard(-1)
+        effects.append(Halt(message.batch, tuple(running)))
+        return effects
+
+    def halted(self, batch: int, cookies: Sequence[int]) -> list[Effect]:
+        """
+        These stand at a boundary and stay there.
+
+        *batch* is that of the Halt whose first answer this is, 0 for what stops later.
+        """
+        alone = []
+        for cookie in cookies:
+            seat = self.seats[cookie]
+            seat.standing = Standing.HALTED
+            if self._gathering is None or not seat.is_cut:
+                alone.append(cookie)
+        if self._gathering is not None:
+            self._gathering.difference_update(cookies)
+        effects: list[Effect] = []
+        if alone or (batch and self._gathering is None):
+            effects.append(Export(batch, tuple(alone), is_cut=False))
+        elif batch:
+            effects.append(Send(wire.Frozen(batch=batch)))
+        return effects + self._close_cut_if_all_stopped()
+
+    def _close_cut_if_all_stopped(self) -> list[Effect]:
+        return self._close_cut() if self._gathering is not None and not self._gathering else []
+
+    def _close_cut(self) -> list[Effect]:
+        self._gathering = None
+        halted = tuple([cookie for cookie, seat in self.seats.items() if seat.standing is Standing.HALTED])
+        return [Export(0, halted, is_cut=True)]
+
+    def exported(
+        self,
+        asked: Export,
+        records: Mapping[int, wire.Record],
+        refusals: Mapping[int, str],
+        shared: bytes | None = None,
+    ) -> list[Effect]:
+        """The records that were asked for; those that cannot be taken go on here."""
+        rows = [(cookie, record, self.seats[cookie]) for cookie, record in records.items()]
+        for _, _, seat in rows:
+            seat.standing = Standing.FROZEN
+        effects: list[Effect] = [
+            Send(
+                wire.Frozen(
+                    batch=asked.batch if first else 0,
+                    cookie=tuple([cookie for cookie, _, _ in chunk]),
+                    epoch=tuple([seat.epoch for _, _, seat in chunk]),
+                    **wire.record_columns([record for _, record, _ in chunk]),
+                )
+            )
+            for first, chunk in _marked(_chunks(rows, wire.MAX_DESCRIPTORS))
+        ]
+        if asked.batch and not effects:
+            effects.append(Send(wire.Frozen(batch=asked.batch)))
+        effects += self._refuse(refusals)
+        if asked.is_cut:
+            effects.append(Send(wire.Gathered(shared=() if shared is None else (shared,))))
+        return effects
+
+    def withdrawn(self, reasons: Mapping[int, str]) -> list[Effect]:
+        """These never reached a boundary, and go on here."""
+        return self._refuse(reasons)
+
+    def _refuse(self, reasons: Mapping[int, str]) -> list[Effect]:
+        rows = [(cookie, self.seats[cookie], reason) for cookie, reason in reasons.items() if cookie in self.seats]
+        for _, seat, _ in rows:
+            seat.standing = Standing.SERVING
+        return [
+            Send(
+                wire.Refused(
+                    cookie=tuple([cookie for cookie, _, _ in chunk]),
+                    epoch=tuple([seat.epoch for _, seat, _ in chunk]),
+                    reason=tuple([reason.encode() for _, _, reason in chunk]),
+                )
+            )
+            for chunk in _chunks(rows, wire.MAX_ROWS)
+        ]
+
+    def timer(self, name: str) -> list[Effect]:
+        """Take a timer that was set; one whose reason is gone does nothing."""
+        if name == "gather":
+            if self._gathering is None:
+                return []
+            # -1: the rest of the cut is still on its way.
+            return [SetTimer("gather", _AGAIN_S)] if -1 in self._gathering else self._close_cut()
+        batch = int(name.removeprefix("wait "))
+        late = []
+        for cookie in self._waiting.pop(batch, ()):
+            seat = self.seats.get(cookie)
+            if seat is not None and seat.standing is Standing.FREEZING and seat.batch == batch:
+                late.append(cookie)
+        return [Withdraw(tuple(late))] if late else []
+
+    # ---- thawing
+
+    def _thaw(self, message: wire.Thaw, _: int) -> list[Effect]:
+        records = tuple(message.records())
+        for cookie, epoch in zip(message.cookie, message.epoch, strict=True):
+            seat = self.seats.get(cookie)
+            if seat is None or seat.standing not in (Standing.STAGED, Standing.FROZEN) or epoch <= seat.epoch:
+                raise IllegalEvent(f"connection {cookie} cannot be thawed at epoch {epoch}: {seat}")
+        for cookie, epoch, record in zip(message.cookie, message.epoch, records, strict=True):
+            seat = self.seats[cookie]
+            seat.standing, seat.epoch, seat.halted_ns = Standing.THAWED, epoch, record.halted_ns
+            seat.is_cut = bool(record.flags & wire.RecordFlag.CUT)
+            self._thawed[cookie] = seat
+        return [Restore(message.cookie, records)]
+
+    def restored(self, failures: Mapping[int, str]) -> list[Effect]:
+        """Give back what could not be built from its record."""
+        if not failures:
+            return []
+        effects = self._refuse(failures)
+        for cookie in failures:
+            del self.seats[cookie], self._thawed[cookie]
+        return [*effects, Discard(tuple(failures))]
+
+    def _enter(self, message: wire.Enter, now_ns: int) -> list[Effect]:
+        thawed = [(cookie, seat) for cookie, seat in self._thawed.items() if seat.is_cut == message.cut]
+        effects: list[Effect] = [ImportShared(message.shared)] if message.shared else []
+        for chunk in _chunks(thawed, wire.MAX_ROWS):
+            pauses = [min(max(now_ns - seat.halted_ns, 0) // 1000, 0xFFFFFFFF) for _, seat in chunk]
+            epochs = [seat.epoch for _, seat in chunk]
+            cookies = tuple([cookie for cookie, _ in chunk])
+            effects.append(Send(wire.Adopted(cookie=cookies, epoch=tuple(epochs), pause_us=tuple(pauses))))
+        for cookie, seat in thawed:
+            seat.standing = Standing.SERVING
+            del self._thawed[cookie]
+        return [*effects, Serve(tuple([cookie for cookie, _ in thawed]), message.cut)]
+
+    # ---- the end of a move, the end of the worker
+
+    def _commit(self, message: wire.Commit, _: int) -> list[Effect]:
+        return [*self._forget_copies(), MoveEnds(), Retire(message.drain_ms / 1000)]
+
+    def _move_over(self, _message: wire.MoveOver, _: int) -> list[Effect]:
+        return [*self._forget_copies(), MoveEnds()]
+
+    def _forget_copies(self) -> list[Effect]:
+        copies = (Standing.FROZEN, Standing.STAGED)
+        gone = tuple([cookie for cookie, seat in self.seats.items() if seat.standing in copies])
+        for cookie in gone:
+            del self.seats[cookie]
+        return [Discard(gone)] if gone else []
+
+    def _stop(self, message: wire.Stop, _: int) -> list[Effect]:
+        return [Accept(is_on=False), StopServing(message.drain_ms / 1000)]
+
+
+def _chunks(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
+    return (items[at : at + size] for at in range(0, len(items), size))
+
+
+def _marked(chunks: Iterable[Sequence[Any]]) -> Iterable[tuple[bool, Sequence[Any]]]:
+    return ((place == 0, chunk) for place, chunk in enumerate(chunks))
+
+
+_TRANSITIONS: dict[type[wire.Message], Callable[[Agent, Any, int], list[Effect]]] = {
+    wire.LendAck: Agent._lend_ack,
+    wire.AcceptOn: Agent._accept_on,
+    wire.AcceptOff: Agent._accept_off,
+    wire.Stage: Agent._stage,
+    wire.Drop: Agent._drop,
+    wire.Freeze: Agent._freeze,
+    wire.Thaw: Agent._thaw,
+    wire.Enter: Agent._enter,
+    wire.Commit: Agent._commit,
+    wire.MoveOver: Agent._move_over,
+    wire.Stop: Agent._stop,
+}

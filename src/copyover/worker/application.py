@@ -1,0 +1,198 @@
+"""
+What the user's program is: its handler, its start and end, and how its state becomes bytes.
+
+It finds and checks the application; it runs nothing of it but factories.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import sys
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import attrs
+
+from copyover.errors import ApplicationNotFound, NotAHandler, StartupFailed
+from copyover.worker.connection import CannotFreeze, Connection
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+S = TypeVar("S")
+
+Hook = Callable[[], Awaitable[None]]
+_JSON_LEAVES = frozenset({str, int, float, bool, type(None)})
+
+
+@attrs.frozen(kw_only=True)
+class Application(Generic[S]):
+    """
+    A handler, and what belongs to it.
+
+    Args:
+        handler: ``async def handler(connection)``; entered once per connection, and again after each move.
+        state: makes the state of a fresh connection: ``dict``, an attrs class of JSON types, or anything with a codec.
+        schema: the number of the state's form; a release that changes the form changes the number.
+        reads: the schemas that *decode* can read; only *schema* if not given.
+        encode: the state as bytes; JSON if not given.
+        decode: bytes and the schema that they were written with, as a state.
+        startup: awaited before the worker says that it is ready; if it raises, the reload is refused.
+        shutdown: awaited before a worker goes.
+        export_shared: the state that the whole application shares, as JSON types or bytes, for a ``together`` move.
+        import_shared: takes what *export_shared* of the incumbent gave, before any handler is entered.
+
+    """
+
+    handler: Callable[[Connection[S]], Awaitable[None]]
+    state: Callable[[], S] = attrs.field(default=dict)  # type: ignore[assignment]  # S is dict then
+    schema: int = 1
+    reads: frozenset[int] = attrs.field(converter=frozenset, default=frozenset[int]())
+    encode: Callable[[S], bytes] | None = None
+    decode: Callable[[bytes, int], S] | None = None
+    startup: Hook | None = None
+    shutdown: Hook | None = None
+    export_shared: Callable[[], Any] | None = None
+    import_shared: Callable[[Any], None] | None = None
+
+    @property
+    def readable(self) -> list[int]:
+        return sorted(self.reads | {self.schema})
+
+    def encode_state(self, state: S) -> bytes:
+        """
+        Return *state* as bytes; b"" is the state of a fresh connection's empty dict.
+
+        Raises:
+            CannotFreeze: it would not come out as it went in.
+
+        """
+        if self.encode is not None:
+            encoded = self.encode(state)
+            if not isinstance(encoded, bytes):
+                raise CannotFreeze(f"encode gave {type(encoded).__name__} instead of bytes")
+            return encoded
+        value: object = state
+        kind: type = type(state)
+        if attrs.has(kind):
+            value = {name: getattr(state, name) for name in attrs.fields_dict(kind)}
+        if value == {}:
+            return b""
+        return json_bytes(value, "state")
+
+    def decode_state(self, encoded: bytes, schema: int) -> S:
+        """Return the state that *encoded* is, written with *schema*; whatever the application's code raises passes."""
+        if self.decode is not None:
+            return self.decode(encoded, schema)
+        if not encoded:
+            return self.state()
+        value = json.loads(encoded)
+        made: Any = self.state(**value) if isinstance(self.state, type) and attrs.has(self.state) else value
+        return made  # type: ignore[no-any-return]  # it is what such an application declared
+
+
+def json_bytes(value: object, name: str) -> bytes:
+    """
+    Return *value* as JSON.
+
+    Raises:
+        CannotFreeze: something in it is not a JSON type and would come back as another; names where.
+
+    """
+    wrong = _not_json(value, name)
+    if wrong is not None:
+        raise CannotFreeze(wrong)
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass")
+
+
+def _not_json(value: object, path: str) -> str | None:
+    kind = type(value)
+    if kind in _JSON_LEAVES:
+        return f"{path} is NaN, which equals nothing" if value != value else None  # noqa: PLR0124  # that is NaN
+    if isinstance(value, list) and kind is list:
+        return next(filter(None, (_not_json(item, f"{path}[{place}]") for place, item in enumerate(value))), None)
+    if isinstance(value, dict) and kind is dict:
+        for key, item in value.items():
+            if type(key) is not str:
+                return f"{path} has the key {key!r} of type {type(key).__name__}, which JSON would turn into a string"
+            wrong = _not_json(item, f"{path}[{key!r}]")
+            if wrong is not None:
+                return wrong
+        return None
+    return f"{path} is of type {kind.__name__}, which does not serialise as JSON: give the Application encode and decode"
+
+
+def load(spec: str, app_dir: str) -> Application[Any]:
+    """
+    Return the application that ``module:attribute`` names, factories included.
+
+    Raises:
+        ApplicationNotFound: no such module or attribute.
+        NotAHandler: what is there cannot serve connections.
+        StartupFailed: importing it, or its factory, raised.
+
+    """
+    module_name, _, attribute = spec.partition(":")
+    if not module_name or not attribute:
+        raise ApplicationNotFound(f"{spec!r} does not name an application: write module:attribute")
+    if app_dir not in sys.path:
+        sys.path.insert(0, app_dir)
+    module = _import(module_name, app_dir)
+    found: object = module
+    for name in attribute.split("."):
+        try:
+            found = getattr(found, name)
+        except AttributeError as missing:
+            raise ApplicationNotFound(f"module {module_name} ({module.__file__}) has no {attribute}") from missing
+    return _application(found, spec, module, is_made=False)
+
+
+def _import(name: str, app_dir: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as missing:
+        if missing.name is None or not (name == missing.name or name.startswith(missing.name + ".")):
+            raise StartupFailed(f"importing {name} failed: {missing}") from missing
+        raise ApplicationNotFound(f"there is no module {name} in {app_dir}; say --app-dir or --chdir") from missing
+    except Exception as problem:
+        raise StartupFailed(f"importing {name} raised {type(problem).__name__}: {problem}") from problem
+
+
+def _application(found: object, spec: str, module: ModuleType, *, is_made: bool) -> Application[Any]:
+    if isinstance(found, Application):
+        return found
+    if not callable(found):
+        raise NotAHandler(f"{spec} is of type {type(found).__name__}; an async def handler(connection) is needed")
+    needed = _required_parameters(found)
+    if inspect.iscoroutinefunction(found) or inspect.iscoroutinefunction(getattr(found, "__call__", None)):  # noqa: B004
+        if needed != 1:
+            raise NotAHandler(f"{spec} takes {needed} arguments; a handler takes one, the connection")
+        return _with_siblings(found, module)
+    if needed == 0 and not is_made:
+        try:
+            made = found()
+        except Exception as problem:
+            raise StartupFailed(f"the factory {spec} raised {type(problem).__name__}: {problem}") from problem
+        return _application(made, f"what {spec}() made", module, is_made=True)
+    raise NotAHandler(f"{spec} is no coroutine function; a handler is an async def that takes the connection")
+
+
+def _required_parameters(found: Callable[..., object]) -> int:
+    try:
+        parameters = inspect.signature(found).parameters.values()
+    except (TypeError, ValueError):
+        return -1
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(parameter.kind in positional and parameter.default is parameter.empty for parameter in parameters)
+
+
+def _with_siblings(handler: Callable[..., Any], module: ModuleType) -> Application[Any]:
+    """A bare handler's startup, shutdown and shared state are the functions of these names beside it."""
+    names = ("startup", "shutdown", "export_shared", "import_shared")
+    siblings: dict[str, Any] = {name: getattr(module, name, None) for name in names}
+    for name in ("startup", "shutdown"):
+        if siblings[name] is not None and not inspect.iscoroutinefunction(siblings[name]):
+            raise NotAHandler(f"{module.__name__}.{name} stands beside the handler and is no async def")
+    return Application(handler=handler, **siblings)

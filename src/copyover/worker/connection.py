@@ -1,0 +1,543 @@
+"""
+What a handler is given: its bytes, its state, and where it may be frozen.
+
+It decides when a connection stands at a boundary. It knows no holder and no message of the protocol: the runtime asks
+it to halt, takes its record, or lets it go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import enum
+import time
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import attrs
+
+from copyover.errors import ConnectionClosed, CopyoverError, LimitExceeded, Moved
+from copyover.wire import Record, RecordFlag
+from copyover.worker.transport import Phase
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from copyover.worker.transport import Transport
+
+S = TypeVar("S")
+M = TypeVar("M")
+T = TypeVar("T")
+
+WRITE_AHEAD_BYTES = 64 << 10  # what a write may leave unsent before the next one waits
+
+# The connection whose handler's family of tasks is running.
+current: contextvars.ContextVar[Connection[Any] | None] = contextvars.ContextVar("copyover", default=None)
+
+
+@attrs.frozen
+class Limits:
+    """How much of one connection is kept in memory, and how much of it travels."""
+
+    line_bytes: int = 64 << 10
+    message_bytes: int = 1 << 20
+    unsent_bytes: int = 16 << 20
+    record_bytes: int = 32 << 20
+
+
+class CannotFreeze(CopyoverError):
+    """The connection stands at a boundary and still cannot travel; the text says why."""
+
+
+class Course(enum.Enum):
+    RUNNING = "running"
+    ASKED = "asked"  # to halt at its next boundary
+    HALTED = "halted"  # stands at a boundary; pushes still reach its unsent bytes
+    FROZEN = "frozen"  # its record is taken: it is inert
+
+
+class Connection(Generic[S]):
+    """
+    One live client, across every reload.
+
+    ``state`` travels; local variables do not: after a move the handler is entered again from its top, with ``resumed``
+    true. A move raises nothing: the coroutine here stays suspended for good.
+    """
+
+    __slots__ = (
+        "_busy",
+        "_course",
+        "_drainers",
+        "_gate",
+        "_idle",
+        "_is_waiting",
+        "_limits",
+        "_loop",
+        "_on_halt",
+        "_peer",
+        "_pins",
+        "_stopping",
+        "_transport",
+        "_waiter",
+        "cookie",
+        "halted_ns",
+        "listener",
+        "on_boundary",
+        "resumed",
+        "state",
+    )
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, transport: Transport, *, cookie: int, listener: str, limits: Limits
+    ) -> None:
+        self._loop = loop
+        self._transport = transport
+        self._limits = limits
+        self.cookie = cookie
+        self.listener = listener
+        self.resumed = False
+        self.state: S
+        self.halted_ns = 0
+        # Called once, at the first boundary after the handler was entered.
+        self.on_boundary: Callable[[Connection[S]], None] | None = None
+        self._peer: object = None
+        self._course = Course.RUNNING
+        self._on_halt: Callable[[Connection[S]], None] | None = None
+        self._gate: asyncio.Event | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._drainers: list[asyncio.Future[None]] | None = None
+        self._idle: asyncio.Future[object] | None = None
+        self._busy: str | None = None  # what took it away from its last boundary
+        self._pins: list[str] | None = None
+        self._is_waiting = False
+        self._stopping = False
+        transport.on_change = self._changed
+
+    def __repr__(self) -> str:
+        return f"<Connection {self.cookie} on {self.listener} {self._course.value}>"
+
+    # ---- reading
+
+    @property
+    def peer(self) -> object:
+        """The client's address as ``socket.getpeername`` gives it; None when it has gone already."""
+        if self._peer is None:
+            with contextlib.suppress(OSError):
+                self._peer = self._transport.socket.getpeername()
+        return self._peer
+
+    def lines(self, *, limit: int | None = None) -> AsyncIterator[bytes]:
+        r"""
+        Iterate over the lines, without their ``\n``; the top of the loop is a boundary.
+
+        The iteration ends when the client has ended or reset the connection; a last line without ``\n`` counts.
+
+        Raises:
+            LimitExceeded: a line is longer than *limit* bytes.
+
+        """
+        most = self._limits.line_bytes if limit is None else limit
+
+        def take() -> bytes | None:
+            buffer = self._transport.input
+            end = buffer.find(b"\n")
+            if end > most or (end < 0 and len(buffer) > most):
+                raise LimitExceeded(f"a line is longer than {most} bytes")
+            if end >= 0:
+                line = bytes(memoryview(buffer)[:end])
+                del buffer[: end + 1]
+                return line
+            if buffer and self._transport.is_ended:
+                line = bytes(buffer)
+                buffer.clear()
+                return line
+            return None
+
+        self._transport.want(most + 1)
+        return _Messages(self, take, "lines()")
+
+    def messages(self, decoder: Callable[[bytearray], M | None], *, limit: int | None = None) -> AsyncIterator[M]:
+        """
+        Iterate over what *decoder* makes of the bytes; the top of the loop is a boundary.
+
+        *decoder* is given the buffer. It deletes the bytes of one whole message and returns that, or leaves the buffer
+        as it is and returns None: more must come first. An incomplete message at the end of the connection is dropped.
+
+        Raises:
+            LimitExceeded: *limit* bytes came and make no message.
+
+        """
+        most = self._limits.message_bytes if limit is None else limit
+
+        def take() -> M | None:
+            buffer = self._transport.input
+            message = decoder(buffer) if buffer else None
+            if message is None and len(buffer) > most:
+                raise LimitExceeded(f"{len(buffer)} bytes came and make no message; the limit is {most}")
+            return message
+
+        self._transport.want(most + 1)
+        return _Messages(self, take, "messages()")
+
+    async def read(self, most: int = 64 << 10) -> bytes:
+        """Return at least one byte and at most *most*, or b"" at the end of the connection."""
+        await self._wait_until(lambda buffer: bool(buffer))
+        return self._take(min(most, len(self._transport.input)), "read()")
+
+    async def read_exactly(self, count: int) -> bytes:
+        """
+        Return *count* bytes.
+
+        Raises:
+            asyncio.IncompleteReadError: the connection ended before; ``partial`` has what came.
+            LimitExceeded: *count* is more than the limit of a message.
+
+        """
+        if count > self._limits.message_bytes:
+            raise LimitExceeded(f"{count} bytes are more than the limit of a message, {self._limits.message_bytes}")
+        self._transport.want(count)
+        await self._wait_until(lambda buffer: len(buffer) >= count)
+        if len(self._transport.input) < count:
+            raise asyncio.IncompleteReadError(self._take(len(self._transport.input), "read_exactly()"), count)
+        return self._take(count, "read_exactly()")
+
+    async def read_until(self, separator: bytes, *, limit: int | None = None) -> bytes:
+        """
+        Return the bytes up to and with *separator*.
+
+        Raises:
+            asyncio.IncompleteReadError: the connection ended before; ``partial`` has what came.
+            LimitExceeded: *limit* bytes came without it.
+
+        """
+        most = self._limits.line_bytes if limit is None else limit
+        self._transport.want(most + len(separator))
+        await self._wait_until(lambda buffer: separator in buffer or len(buffer) > most)
+        end = self._transport.input.find(separator)
+        if end < 0 and len(self._transport.input) > most:
+            raise LimitExceeded(f"{most} bytes came without {separator!r}")
+        if end < 0:
+            raise asyncio.IncompleteReadError(self._take(len(self._transport.input), "read_until()"), None)
+        return self._take(end + len(separator), "read_until()")
+
+    # ---- writing
+
+    async def write(self, data: bytes | bytearray | memoryview) -> None:
+        """
+        Take *data*, and wait while much of what was written earlier is still unsent.
+
+        What the handler's own tasks write belongs to the message that it is at: no boundary before the next one.
+        On a connection that has moved the caller stays suspended.
+
+        Raises:
+            ConnectionClosed: the connection has ended.
+
+        """
+        while self._gate is not None:
+            await self._gate.wait()
+        self._check_open()
+        if current.get() is self:
+            self._busy = "write()"
+        earlier = len(self._transport.output)
+        self._transport.write(data)
+        if earlier > WRITE_AHEAD_BYTES:
+            await self._wait_until_sent(WRITE_AHEAD_BYTES + len(data))
+
+    def push(self, data: bytes | bytearray | memoryview) -> None:
+        """
+        Send *data*, from any task; complete in itself, it leaves a boundary a boundary. A no-op when it has ended.
+
+        A client that takes less than is pushed to it is aborted when more than the limit is unsent.
+
+        Raises:
+            Moved: another worker serves the connection now.
+
+        """
+        if self._course is Course.FROZEN:
+            raise Moved(f"connection {self.cookie} has moved to another worker")
+        self._transport.write(data)
+        if len(self._transport.output) > self._limits.unsent_bytes:
+            self.abort()
+
+    async def close(self) -> None:
+        """End the connection: what is unsent is sent, then FIN. The handler may return instead."""
+        while self._gate is not None:
+            await self._gate.wait()
+        self._transport.finish()
+
+    def abort(self) -> None:
+        """
+        End the connection at once, with a true RST; what is unsent is gone.
+
+        Raises:
+            Moved: another worker serves the connection now.
+
+        """
+        if self._course is Course.FROZEN:
+            raise Moved(f"connection {self.cookie} has moved to another worker")
+        self._transport.abort()
+        self._changed()
+
+    def _check_open(self) -> None:
+        if self._transport.error is not None:
+            raise ConnectionClosed(f"the client's connection broke: {self._transport.error}") from self._transport.error
+        if self._transport.phase is not Phase.OPEN:
+            raise ConnectionClosed("the connection is closed")
+
+    # ---- boundaries
+
+    async def boundary(self) -> None:
+        """Say that all messages so far are whole: here it may be frozen, and entered again from its top."""
+        self._arrive()
+        if self._course is Course.ASKED and not self._pins:
+            await self._halt()
+
+    async def idle(self, awaitable: Awaitable[T]) -> T:
+        """
+        Wait for something else than input, at a boundary.
+
+        Frozen meanwhile, the awaitable's result stays here; in the replacement the handler waits anew.
+
+        Raises:
+            ConnectionClosed: the client's connection broke, or the server is stopping.
+
+        """
+        self._arrive()
+        waited: asyncio.Future[T] = asyncio.ensure_future(awaitable)
+        self._idle = waited  # type: ignore[assignment]  # a Future[T] is only asked whether it is done
+        waited.add_done_callback(lambda _: self._wake())
+        try:
+            while not waited.done():
+                if self._course is Course.ASKED and not self._pins:
+                    await self._halt()
+                if self._transport.error is not None or self._stopping:
+                    self._check_open()
+                    raise ConnectionClosed("the server is stopping")
+                await self._wait()
+            self._busy = "idle()"
+            return waited.result()
+        finally:
+            self._idle = None
+            if not waited.done():
+                waited.cancel()
+
+    @contextlib.asynccontextmanager
+    async def pinned(self, reason: str = "pinned by its handler") -> AsyncIterator[None]:
+        """Keep the connection in this worker while the block runs; *reason* is what operators read."""
+        self._pins = self._pins or []
+        self._pins.append(reason)
+        try:
+            yield
+        finally:
+            self._pins.remove(reason)
+
+    def _arrive(self) -> None:
+        """A boundary: everything before it is complete."""
+        self._busy = None
+        if self.on_boundary is not None:
+            arrived, self.on_boundary = self.on_boundary, None
+            arrived(self)
+
+    def _take(self, count: int, how: str) -> bytes:
+        buffer = self._transport.input
+        data = bytes(memoryview(buffer)[:count])
+        del buffer[:count]
+        self._busy = how
+        self._transport.consumed()
+        return data
+
+    async def _wait_until(self, is_enough: Callable[[bytearray], bool]) -> None:
+        """Wait for input, or for the end. Freezable as long as nothing was consumed or written since a boundary."""
+        if self._busy is None:
+            self._arrive()
+        while True:
+            if self._course is Course.ASKED and self._busy is None and not self._pins:
+                await self._halt()
+            if is_enough(self._transport.input) or self.is_over:
+                return
+            await self._wait()
+
+    async def next_message(self, take: Callable[[], M | None], how: str) -> M | None:
+        """Return the next message, None at the end; for the iterators."""
+        self._arrive()
+        while True:
+            if self._course is Course.ASKED and self._busy is None and not self._pins:
+                await self._halt()
+            message = take()
+            if message is not None:
+                self._busy = how
+                self._transport.consumed()
+                return message
+            if self.is_over:
+                return None
+            await self._wait()
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing more is to be read: the client has ended it, or the server is stopping."""
+        transport = self._transport
+        return transport.is_ended or self._stopping or transport.phase is not Phase.OPEN
+
+    async def _wait(self) -> None:
+        """Sleep until something changed, and as long as the connection is halted."""
+        self._is_waiting = True
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+            self._is_waiting = False
+        while self._gate is not None:
+            await self._gate.wait()
+
+    async def _wait_until_sent(self, most: int) -> None:
+        while len(self._transport.output) > most and self._transport.phase is Phase.OPEN:
+            if self._course is not Course.RUNNING and len(self._transport.output) < self._limits.record_bytes:
+                return  # the unsent bytes travel: let the handler get to its boundary
+            drained = self._loop.create_future()
+            self._drainers = [*(self._drainers or []), drained]
+            await drained
+        while self._gate is not None:
+            await self._gate.wait()
+        self._check_open()
+
+    async def _halt(self) -> None:
+        self._halt_now()
+        on_halt = self._on_halt
+        if on_halt is not None:
+            on_halt(self)
+        while self._gate is not None:
+            await self._gate.wait()
+
+    def _halt_now(self) -> None:
+        self._course = Course.HALTED
+        self._gate = asyncio.Event()
+        self.halted_ns = time.monotonic_ns()
+        self._transport.pause()
+
+    def _changed(self) -> None:
+        """The transport's news."""
+        self._wake()
+        if self._drainers:
+            self._wake_drainers()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _wake_drainers(self) -> None:
+        drainers, self._drainers = self._drainers or [], None
+        for drained in drainers:
+            if not drained.done():
+                drained.set_result(None)
+
+    # ---- for the runtime
+
+    @property
+    def course(self) -> Course:
+        return self._course
+
+    @property
+    def transport(self) -> Transport:
+        return self._transport
+
+    @property
+    def is_at_boundary(self) -> bool:
+        if self._transport.phase in (Phase.FINISHING, Phase.LINGERING):
+            return True  # its handler has returned; only bytes are left
+        is_idle_over = self._idle is not None and self._idle.done()
+        return self._is_waiting and self._busy is None and not self._pins and not is_idle_over
+
+    @property
+    def reason(self) -> str:
+        """Why it is not at a boundary, for operators."""
+        if self._pins:
+            return self._pins[-1]
+        if self._idle is not None and self._idle.done():
+            return "what it idled for has just come"
+        return f"in the middle of a message, since its {self._busy}" if self._busy else "it has not reached a boundary"
+
+    def ask_to_halt(self, on_halt: Callable[[Connection[S]], None]) -> bool:
+        """Halt at the next boundary; True when it stands at one now, else *on_halt* is called then."""
+        if self.is_at_boundary:
+            self._halt_now()
+            return True
+        self._course = Course.ASKED
+        self._on_halt = on_halt
+        self._wake_drainers()
+        return False
+
+    def go_on(self) -> None:
+        """Serve on, from where it was halted; the very coroutine."""
+        self._course = Course.RUNNING
+        self._on_halt = None
+        if self._gate is not None:
+            gate, self._gate = self._gate, None
+            gate.set()
+            self._transport.start()
+
+    def stop(self) -> None:
+        """End at the next boundary, as if the client had."""
+        self._stopping = True
+        self._wake()
+
+    def export(self, *, kind: int, schema: int, state: bytes) -> Record:
+        """
+        Take its record; from here it is inert.
+
+        Raises:
+            CannotFreeze: it is larger than the record quota.
+
+        """
+        transport = self._transport
+        flags = RecordFlag(0)
+        if transport.phase is not Phase.OPEN:
+            flags |= RecordFlag.FINISHED
+        if transport.phase is Phase.LINGERING:
+            flags |= RecordFlag.WRITE_CLOSED
+        size = len(transport.input) + len(transport.output) + len(state)
+        if size > self._limits.record_bytes:
+            raise CannotFreeze(f"its record of {size} bytes is over the quota of {self._limits.record_bytes}")
+        self._course = Course.FROZEN
+        return Record(
+            kind=kind,
+            flags=int(flags),
+            schema=schema,
+            received=transport.received,
+            sent=transport.sent,
+            halted_ns=self.halted_ns,
+            unread=bytes(transport.input),
+            unsent=bytes(transport.output),
+            state=state,
+        )
+
+    def restore(self, record: Record, state: S) -> None:
+        """Become what *record* says, paused."""
+        transport = self._transport
+        transport.input[:] = record.unread
+        transport.output[:] = record.unsent
+        transport.received, transport.sent = record.received, record.sent
+        if record.flags & RecordFlag.FINISHED:
+            transport.phase = Phase.LINGERING if record.flags & RecordFlag.WRITE_CLOSED else Phase.FINISHING
+        self.state = state
+        self.resumed = True
+
+
+class _Messages(Generic[M]):
+    """An iteration over whole messages. Not an async generator: those cannot be left suspended without a warning."""
+
+    __slots__ = ("_connection", "_how", "_take")
+
+    def __init__(self, connection: Connection[Any], take: Callable[[], M | None], how: str) -> None:
+        self._connection = connection
+        self._take = take
+        self._how = how
+
+    def __aiter__(self) -> _Messages[M]:
+        return self
+
+    async def __anext__(self) -> M:
+        message = await self._connection.next_message(self._take, self._how)
+        if message is None:
+            raise StopAsyncIteration
+        return message

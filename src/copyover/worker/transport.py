@@ -1,0 +1,265 @@
+"""
+How the bytes of one connection come and go: both buffers, and the end of the socket.
+
+It knows nothing of handlers, boundaries or the holder. It stands on ``add_reader`` and ``add_writer``, which asyncio and
+uvloop share, because a transport of theirs keeps what it has not sent to itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import socket
+from typing import TYPE_CHECKING
+
+from copyover.sockets import reset
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable
+
+READ_BYTES = 64 << 10
+LINGER_S = 5.0
+
+
+class Phase(enum.Enum):
+    OPEN = "open"
+    FINISHING = "finishing"  # nothing more is written; what is unsent goes out first
+    LINGERING = "lingering"  # our FIN is sent; we read and discard until the peer's comes
+    CLOSED = "closed"
+
+
+class Transport:
+    """
+    The bytes of one connection.
+
+    *on_change* is called after input came, the peer ended, or unsent bytes left; *on_closed* once, at the end. *received* and *sent* count what was
+    read from and taken by the kernel since the connection was accepted, in whichever process.
+    """
+
+    __slots__ = (
+        "_has_reader",
+        "_has_writer",
+        "_high_water",
+        "_is_running",
+        "_linger",
+        "_loop",
+        "error",
+        "input",
+        "is_eof",
+        "on_change",
+        "on_closed",
+        "output",
+        "phase",
+        "received",
+        "sent",
+        "socket",
+        "was_aborted",
+    )
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
+        self._loop = loop
+        self.socket = sock
+        self.input = bytearray()
+        self.output = bytearray()
+        self.received = 0
+        self.sent = 0
+        self.is_eof = False
+        self.error: OSError | None = None
+        self.phase = Phase.OPEN
+        self.on_change: Callable[[], None] = _nothing
+        self.on_closed: Callable[[], None] = _nothing
+        self.was_aborted = False
+        self._is_running = False
+        self._has_reader = False
+        self._has_writer = False
+        self._high_water = READ_BYTES
+        self._linger: asyncio.TimerHandle | None = None
+
+    @property
+    def is_ended(self) -> bool:
+        """Nothing more will be read."""
+        return self.is_eof or self.error is not None
+
+    def start(self) -> None:
+        """Begin, or go on, to read and to send."""
+        self._is_running = True
+        if self.phase is Phase.LINGERING:
+            self._begin_linger()
+            return
+        self._watch_input()
+        if self.output:
+            self._send()
+        elif self.phase is Phase.FINISHING:
+            self._shut_down()
+
+    def pause(self) -> None:
+        """Touch the socket no more: somebody else is going to."""
+        self._is_running = False
+        self._unwatch()
+        if self._linger is not None:
+            self._linger.cancel()
+            self._linger = None
+
+    def want(self, count: int) -> None:
+        """Read ahead at least *count* bytes."""
+        self._high_water = max(count, READ_BYTES)
+        self._watch_input()
+
+    def consumed(self) -> None:
+        """The caller has taken bytes off ``input``."""
+        if not self._has_reader:
+            self._watch_input()
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Send *data*, or keep what the kernel does not take until it does."""
+        if self.error is not None or self.phase is not Phase.OPEN:
+            return
+        if self.output or not self._is_running:
+            self.output += data
+            return
+        try:
+            sent = self.socket.send(data)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError as problem:
+            self._lose(problem)
+            return
+        self.sent += sent
+        if sent < len(data):
+            self.output += memoryview(data)[sent:]
+            self._watch_output()
+
+    def finish(self) -> None:
+        """Send what is unsent, then FIN, wait for the peer's, close."""
+        if self.phase is not Phase.OPEN:
+            return
+        self.phase = Phase.FINISHING
+        if self.error is not None:
+            self.close()
+        elif self._is_running and not self.output:
+            self._shut_down()
+
+    def abort(self) -> None:
+        """Send RST at once and close; unsent bytes are gone."""
+        if self.phase is Phase.CLOSED:
+            return
+        self.was_aborted = True
+        self._unwatch()
+        with contextlib.suppress(OSError):  # the peer's own reset came first: what we wanted is so
+            reset(self.socket)
+        self.close()
+
+    def close(self) -> None:
+        """
+        Close our copy of the socket and say so; sends nothing by itself while the holder has a dup.
+
+        An epoll registration outlives close() while a dup lives: it is removed first. epoll(7), Q6
+        """
+        if self.phase is Phase.CLOSED:
+            return
+        self.pause()
+        self.phase = Phase.CLOSED
+        self.socket.close()
+        closed, self.on_closed, self.on_change = self.on_closed, _nothing, _nothing
+        closed()
+
+    # ---- the event loop's side
+
+    def _watch_input(self) -> None:
+        wanted = self._is_running and not self.is_ended and len(self.input) < self._high_water
+        if wanted and not self._has_reader:
+            self._loop.add_reader(self.socket, self._readable)
+        elif not wanted and self._has_reader:
+            self._loop.remove_reader(self.socket)
+        self._has_reader = wanted
+
+    def _watch_output(self) -> None:
+        wanted = self._is_running and bool(self.output) and self.error is None
+        if wanted and not self._has_writer:
+            self._loop.add_writer(self.socket, self._send)
+        elif not wanted and self._has_writer:
+            self._loop.remove_writer(self.socket)
+        self._has_writer = wanted
+
+    def _unwatch(self) -> None:
+        if self._has_reader:
+            self._loop.remove_reader(self.socket)
+            self._has_reader = False
+        if self._has_writer:
+            self._loop.remove_writer(self.socket)
+            self._has_writer = False
+
+    def _readable(self) -> None:
+        try:
+            data = self.socket.recv(READ_BYTES)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as problem:
+            self._lose(problem)
+            return
+        if self.phase is Phase.LINGERING:
+            if not data:
+                self.close()
+            return
+        if data:
+            self.received += len(data)
+            self.input += data
+        else:
+            self.is_eof = True
+        if not data or len(self.input) >= self._high_water:
+            self._watch_input()
+        self.on_change()
+
+    def _send(self) -> None:
+        try:
+            sent = self.socket.send(self.output)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError as problem:
+            self._lose(problem)
+            return
+        del self.output[:sent]
+        self.sent += sent
+        self._watch_output()
+        if not self.output and self.phase is Phase.FINISHING:
+            self._shut_down()
+        else:
+            self.on_change()
+
+    def _shut_down(self) -> None:
+        """Shutdown before close, so that the client sees FIN at once though the holder has a dup."""
+        try:
+            self.socket.shutdown(socket.SHUT_WR)
+        except OSError as problem:
+            self._lose(problem)
+            return
+        self.phase = Phase.LINGERING
+        if self.is_eof:
+            self.close()
+        else:
+            self._begin_linger()
+
+    def _begin_linger(self) -> None:
+        """
+        Read and discard until the peer's FIN, for at most five seconds.
+
+        Closing with unread input sends RST, which takes our last bytes away from the client. tcp(7); RFC 2525, 2.17
+        """
+        self.input.clear()
+        self._high_water = READ_BYTES
+        self._watch_input()
+        self._linger = self._loop.call_later(LINGER_S, self.close)
+
+    def _lose(self, problem: OSError) -> None:
+        self.error = problem
+        self.output.clear()
+        self._unwatch()
+        if self.phase is Phase.OPEN:
+            self.on_change()
+        else:
+            self.close()
+
+
+def _nothing() -> None:
+    pass
