@@ -1,0 +1,199 @@
+"""
+What an operator types, and what the exit code says.
+
+It asks the holder over the control socket and shows the answer: JSON to stdout, all else to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from copyover import config as configs
+from copyover import directory as directories
+from copyover import console
+from copyover.errors import ConfigError, CopyoverError, HolderAbsent
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+DENIED, STOPPED_WAITING, BUSY = 8, 7, 5
+
+
+class _Group(click.Group):
+    """Turns what goes wrong into one sentence and its exit code."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except CopyoverError as problem:
+            click.echo(f"copyover: {problem}", err=True)
+            sys.exit(problem.exit_code)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="copyover", prog_name="copyover")
+def main() -> None:
+    """Hot upgrades for servers: live connections survive a reload."""
+
+
+@main.command()
+@click.argument("app", required=False)
+@click.option("--name", help="Name of the holder; default $COPYOVER_NAME, else default.")
+@click.option("--listen", multiple=True, metavar="[NAME=]ADDRESS", help="HOST:PORT, tcp://… or unix:///path; repeatable.")
+@click.option("--workers", type=int, help="Interpreters of a generation; default 1.")
+@click.option("--python", help="The release's interpreter; default CHDIR/.venv/bin/python, else this one.")
+@click.option("--chdir", help="The release's directory; a symlink is followed anew at each reload.")
+@click.option("--app-dir", help="Where modules are imported from, relative to CHDIR.")
+@click.option("--move", type=click.Choice(["together", "rolling"]), help="How connections move; default together.")
+@click.option("--loop", type=click.Choice(["auto", "asyncio", "uvloop"]), help="The event loop; auto takes uvloop if there.")
+@click.option("--config", "file", type=click.Path(dir_okay=False), help="copyover.toml; flags win over it.")
+def run(file: str | None, listen: tuple[str, ...], chdir: str | None, **flags: Any) -> None:
+    """Start a holder, and the server APP (module:attribute) under it."""
+    given = {key: value for key, value in flags.items() if value is not None}
+    if listen:
+        given["listen"] = list(listen)
+    file = None if file is None else str(Path(file).absolute())
+    if chdir is not None:
+        given["chdir"] = str(_here() / chdir)
+    settled = configs.load(file, given)
+    if "name" not in given and settled.name == configs.FIELDS["name"].default:
+        given["name"] = directories.default_name()
+    if chdir is None and settled.chdir == configs.FIELDS["chdir"].default:
+        given["chdir"] = str(_here())
+    told = json.dumps({"file": file, "flags": given})
+    # A fresh interpreter under the same pid: the holder outlives every deploy and loads no click.
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "copyover.holder", told])  # noqa: S606
+
+
+def _here() -> Path:
+    """Return the working directory as the shell names it: a symlink that a deploy moves stays one."""
+    named = os.environ.get("PWD", "")
+    try:
+        return Path(named) if named and Path(named).samefile(Path.cwd()) else Path.cwd()
+    except OSError:
+        return Path.cwd()
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
+@click.option("--timeout", "timeout_s", type=click.FloatRange(min=0, min_open=True), help="Roll back after so many seconds.")
+@click.option("--no-wait", is_flag=True, help="Ask for it and return.")
+@click.option("--move", type=click.Choice(["together", "rolling"]), help="How connections move, this time.")
+def reload(name: str | None, timeout_s: float | None, move: str | None, *, as_json: bool, no_wait: bool) -> None:
+    """Replace the interpreters; live connections go on."""
+    name = name or directories.default_name()
+    request = {"do": "reload", "wait": not no_wait, "timeout_s": timeout_s, "move": move}
+    try:
+        with console.call(name, request) as answers:
+            result = _await_result(answers)
+    except KeyboardInterrupt:
+        click.echo(f"\ncopyover: no longer waiting; the reload goes on, see: copyover status {name}", err=True)
+        sys.exit(STOPPED_WAITING)
+    if as_json:
+        click.echo(json.dumps(result))
+    _explain_reload(result, name)
+    sys.exit(result["exit_code"])
+
+
+def _await_result(answers: Iterator[dict[str, Any]]) -> dict[str, Any]:
+    """Follow the progress, with a bar where somebody watches."""
+    with console.progress_bar(is_shown=sys.stderr.isatty()) as show:
+        for answer in answers:
+            if "progress" in answer:
+                show(answer["progress"])
+            else:
+                return _result_of(answer)
+    raise HolderAbsent("the holder went away before it answered; see its log, and copyover status")
+
+
+def _result_of(answer: dict[str, Any]) -> dict[str, Any]:
+    if "denied" in answer:
+        click.echo(f"copyover: {answer['denied']}", err=True)
+        sys.exit(DENIED)
+    if "error" in answer:
+        raise ConfigError(str(answer["error"]))
+    result: dict[str, Any] = answer["result"]
+    return result
+
+
+def _explain_reload(result: dict[str, Any], name: str) -> None:
+    outcome = result["outcome"]
+    if outcome == "started":
+        click.echo(f"copyover: the reload is asked for; see: copyover status {name}", err=True)
+        return
+    counts = result["connections"]
+    if outcome == "done":
+        pause = result["pause_ms"]
+        spent_s = sum(result["phases_ms"].values()) / 1000
+        click.echo(
+            f"generation {result['generation']['to']} serves: {counts['moved']} connections moved, {counts['kept']} kept, "
+            f"{counts['ended']} ended by themselves, {counts['lost']} lost, in {spent_s:.2f} s; "
+            f"pause p50 {pause['p50']:.1f} ms, p99 {pause['p99']:.1f} ms, max {pause['max']:.1f} ms",
+            err=True,
+        )
+        for kept in result["kept"]:
+            click.echo(f"  kept: connection {kept['connection']}: {kept['reason']}", err=True)
+        return
+    click.echo(f"copyover: {outcome}: {result['error']}", err=True)
+    if result["stderr_tail"]:
+        click.echo("The last lines that the replacement wrote:", err=True)
+        for line in result["stderr_tail"]:
+            click.echo(f"  | {line}", err=True)
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
+def status(name: str | None, *, as_json: bool) -> None:
+    """Show who serves; exit 0 only while a generation does."""
+    found = _ask(name, {"do": "status"})
+    if as_json:
+        click.echo(json.dumps(found))
+    else:
+        console.show_status(found)
+    sys.exit(0 if found["is_serving"] else 1)
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
+def connections(name: str | None, *, as_json: bool) -> None:
+    """List the live connections."""
+    found = _ask(name, {"do": "connections"})
+    if as_json:
+        click.echo(json.dumps(found))
+    else:
+        console.show_connections(found)
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
+def stop(name: str | None, *, as_json: bool) -> None:
+    """Stop the holder and its server: connections end at their boundaries; return when it is gone."""
+    name = name or directories.default_name()
+    found = _ask(name, {"do": "stop"})
+    console.wait_gone(int(found["pid"]))
+    if as_json:
+        click.echo(json.dumps(found))
+    else:
+        click.echo(f"holder {name} (pid {found['pid']}) has stopped", err=True)
+
+
+def _ask(name: str | None, request: dict[str, Any]) -> dict[str, Any]:
+    with console.call(name or directories.default_name(), request) as answers:
+        for answer in answers:
+            return _result_of(answer)
+    raise HolderAbsent("the holder went away before it answered")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""
+The operator's side of the control socket, and how answers look on a terminal.
+
+It decides nothing about exit codes; rich is loaded only where something is drawn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import socket
+from typing import TYPE_CHECKING, Any
+
+from copyover import directory as directories
+from copyover.errors import HolderAbsent, PermissionRefused
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+class Denied(PermissionRefused):
+    """The control socket belongs to somebody else."""
+
+    exit_code = 8
+
+
+@contextlib.contextmanager
+def call(name: str, request: dict[str, Any]) -> Iterator[Iterator[dict[str, Any]]]:
+    """
+    Send one request to the holder *name*; iterate over its answers.
+
+    Raises:
+        HolderAbsent: nobody listens.
+        Denied: this user may not connect.
+
+    """
+    path = directories.of(name).control
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        try:
+            sock.connect(str(path))
+        except PermissionError as refused:
+            raise Denied(f"this user may not command the holder {name!r} at {path}") from refused
+        except OSError as absent:
+            raise HolderAbsent(
+                f"no holder named {name!r} listens on {path}; start one with: copyover run --name {name} APP"
+            ) from absent
+        sock.sendall(json.dumps(request).encode() + b"\n")
+        with sock.makefile("r", encoding="utf-8") as lines, contextlib.suppress(ConnectionResetError):
+            yield (json.loads(line) for line in lines)
+
+
+def wait_gone(pid: int) -> None:
+    """Wait until the process has ended."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    poll.poll()
+    os.close(pidfd)
+
+
+@contextlib.contextmanager
+def progress_bar(*, is_shown: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Give a function that shows how far the change is."""
+    if not is_shown:
+        yield lambda _: None
+        return
+    from rich.console import Console  # noqa: PLC0415  # 40 ms that a pipe does not pay
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415
+
+    columns = (TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("booting", total=None)
+
+        def show(progress: dict[str, Any]) -> None:
+            total = progress["moved"] + progress["open"]
+            bar.update(task, description=progress["phase"], completed=progress["moved"], total=total or None)
+
+        yield show
+
+
+def show_status(found: dict[str, Any]) -> None:
+    """Print ``status`` for people."""
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    screen = Console()
+    phase = found["phase"]
+    deadline = "" if phase["deadline_in_s"] is None else f", {phase['deadline_in_s']:.0f} s to its deadline"
+    live = found["connections"]
+    screen.print(
+        f"[bold]{found['name']}[/] (pid {found['pid']}): {phase['name']}{deadline}, generation {found['generation']}, "
+        f"{live['live']} live connections, {live['kept']} kept in a retiring generation",
+        highlight=False,
+    )
+    for listener in found["listeners"]:
+        screen.print(f"  listens on {listener['address']}", highlight=False)
+    for blocking in phase["blocked_by"]:
+        who = f"connection {blocking['connection']}" if "connection" in blocking else f"worker {blocking['worker']}"
+        screen.print(f"  waits for {who}: {blocking['reason']}", highlight=False)
+    table = Table("worker", "pid", "generation", "state", "connections", "release", box=None)
+    for worker in found["workers"]:
+        release = worker["release"] or {}
+        cells = (worker["worker"], worker["pid"], worker["generation"], worker["state"], worker["connections"])
+        table.add_row(*map(str, cells), str(release.get("directory", "")))
+    screen.print(table)
+    last = found["last_reload"]
+    if last is not None:
+        counts = ", ".join(f"{number} {what}" for what, number in last["connections"].items())
+        screen.print(f"  last reload: {last['outcome']} ({counts})", highlight=False)
+        if last["error"]:
+            screen.print(f"  {last['error']}", highlight=False, markup=False)
+
+
+def show_connections(found: dict[str, Any]) -> None:
+    """Print ``connections`` for people."""
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    columns = ("connection", "listener", "peer", "worker", "generation", "state", "kept")
+    table = Table(*columns, box=None)
+    for row in found["connections"]:
+        table.add_row(*("" if row[column] is None else str(row[column]) for column in columns))
+    Console().print(table)

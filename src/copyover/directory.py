@@ -1,0 +1,111 @@
+"""
+Where a holder can be found: the runtime directory of its name, and the lock that says it lives.
+
+It decides whether a directory can be trusted; it speaks with nobody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import stat
+from pathlib import Path
+
+import attrs
+
+from copyover.errors import HolderExists, PermissionRefused, UnsafeRuntimeDirectory, UsageError
+
+_LONGEST_SOCKET_PATH = 107  # sun_path without its NUL. unix(7)
+
+
+@attrs.frozen
+class Directory:
+    """The runtime directory of one holder."""
+
+    path: Path
+
+    @property
+    def control(self) -> Path:
+        return self.path / "control.sock"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / "lock"
+
+
+def of(name: str) -> Directory:
+    """
+    Return the directory of the holder *name*, which need not exist.
+
+    Raises:
+        UsageError: the name cannot be one of a directory, or the path of its socket would be too long.
+
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise UsageError(f"{name!r} cannot be a holder's name: letters, digits, '.', '_' and '-' can")
+    named = Directory(_root() / name)
+    if len(os.fsencode(named.control)) > _LONGEST_SOCKET_PATH:
+        raise UsageError(f"{named.control} is too long for a socket; set COPYOVER_RUNTIME_DIR to a shorter one")
+    return named
+
+
+def _root() -> Path:
+    if own := os.environ.get("COPYOVER_RUNTIME_DIR"):
+        return Path(own)
+    if session := os.environ.get("XDG_RUNTIME_DIR"):
+        return Path(session) / "copyover"
+    return Path("/run/copyover")
+
+
+def default_name() -> str:
+    return os.environ.get("COPYOVER_NAME") or "default"
+
+
+def prepare(directory: Directory) -> None:
+    """
+    Make the directory, 0700, and see that nobody else can write it.
+
+    Raises:
+        UnsafeRuntimeDirectory: others may write it or its parent.
+        PermissionRefused: it cannot be made.
+
+    """
+    try:
+        directory.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            directory.path.mkdir(mode=0o700)
+    except OSError as problem:
+        sentence = f"{directory.path} cannot be made: {problem.strerror}; set COPYOVER_RUNTIME_DIR to a directory of yours"
+        raise PermissionRefused(sentence) from problem
+    for path in (directory.path, directory.path.parent):
+        found = path.stat()
+        others = stat.S_IMODE(found.st_mode) & 0o022
+        if found.st_uid not in (os.geteuid(), 0) or (others and not found.st_mode & stat.S_ISVTX):
+            raise UnsafeRuntimeDirectory(
+                f"{path} belongs to uid {found.st_uid} with mode {stat.S_IMODE(found.st_mode):04o}: others could replace "
+                f"its sockets; chmod 700 it, or set COPYOVER_RUNTIME_DIR to a directory of yours"
+            )
+
+
+def take_lock(directory: Directory, name: str) -> int:
+    """
+    Return the locked descriptor that proves that the holder *name* is this process; it survives execve.
+
+    Raises:
+        HolderExists: a living process has it.
+
+    """
+    descriptor = os.open(directory.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as held:
+        pid = os.pread(descriptor, 32, 0).decode().strip()
+        os.close(descriptor)
+        raise HolderExists(
+            f"a holder named {name!r} is running (pid {pid}); reload it with: copyover reload {name}, or choose --name"
+        ) from held
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    return descriptor

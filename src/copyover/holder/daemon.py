@@ -1,0 +1,552 @@
+"""
+The holder's loop: turns what happens into events for the machine, and performs the effects.
+
+It holds no knowledge of phases; those are in reload.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import logging
+import os
+import selectors
+import signal
+import socket
+import time
+import uuid
+from typing import TYPE_CHECKING, Any, assert_never
+
+import attrs
+
+from copyover import config as configs
+from copyover import process, reload, wire
+from copyover.errors import ChannelClosed, ChangeRefused, CopyoverError, IllegalEvent, UsageError, WireError
+from copyover.holder import control, crew, report
+from copyover.release import Release, pin
+from copyover.sockets import cookie_of_descriptor, reset
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from copyover.channel import Packet
+    from copyover.config import Config
+    from copyover.directory import Directory
+    from copyover.listeners import Listener
+
+log = logging.getLogger("copyover.holder")
+
+PACKETS_A_TURN = 64
+PROGRESS_S = 0.05
+RESERVED_DESCRIPTORS = 1024  # listeners, channels, callers, and lends under way when the holder is full
+_BOOT = -1  # who asked for the first generation
+_SIGNAL = 0
+
+
+@attrs.define
+class _Generation:
+    release: Release
+    config: Config
+    last_words: list[str] = attrs.field(factory=list)
+
+
+class Daemon:
+    """One holder at work."""
+
+    def __init__(
+        self,
+        settings: Callable[[], Config],
+        config: Config,
+        directory: Directory,
+        listeners: Sequence[Listener],
+        descriptor_limit: int,
+    ) -> None:
+        self._settings = settings
+        self._config = config
+        self._directory = directory
+        self._listeners = listeners
+        self._machine = reload.Machine(capacity=max(descriptor_limit - RESERVED_DESCRIPTORS, 1))
+        self._selector = selectors.DefaultSelector()
+        self._events: collections.deque[reload.Event] = collections.deque()
+        self._timers: dict[str, tuple[float, Callable[[], None]]] = {}
+        self._hands: dict[int, crew.Hand] = {}
+        self._generations: dict[int, _Generation] = {}
+        self._newest = 0
+        self._environment = crew.environment(uuid.uuid4().hex)
+        self._callers: dict[int, control.Caller] = {}
+        self._waiting: set[int] = set()
+        self._last_progress_s = 0.0
+        self._last_reload: dict[str, Any] | None = None
+        self._started_s = time.monotonic()
+        self._exit_code: int | None = None
+        self._failure: str | None = None
+
+    # ---- the loop
+
+    def run(self) -> int:
+        """Serve until stopped; return the exit code."""
+        control_socket = control.listen(self._directory)
+        self._watch(control_socket, lambda: self._accept_caller(control_socket))
+        wakeup = self._catch_signals()
+        self._ask_reload(_BOOT)
+        try:
+            while self._exit_code is None:
+                self._turn()
+        finally:
+            control.unlink(self._directory, control_socket)
+            wakeup.close()
+        return self._exit_code
+
+    @property
+    def failure(self) -> str | None:
+        """Why the first generation never served."""
+        return self._failure
+
+    def _turn(self) -> None:
+        self._settle()
+        for key, _ in self._selector.select(self._until_next_timer()):
+            if key.fileobj in self._selector.get_map():  # an earlier event of this turn may have closed it
+                key.data()
+            self._settle()
+        now_s = time.monotonic()
+        for name, (deadline_s, fire) in list(self._timers.items()):
+            if deadline_s <= now_s and self._timers.get(name, (None,))[0] == deadline_s:
+                del self._timers[name]
+                fire()
+        self._settle()
+        if self._machine.phase is reload.Phase.STOPPED:
+            self._exit_code = 0 if self._exit_code is None else self._exit_code
+
+    def _until_next_timer(self) -> float | None:
+        if not self._timers:
+            return None
+        return max(min(deadline_s for deadline_s, _ in self._timers.values()) - time.monotonic(), 0.0)
+
+    def _watch(self, fileobj: Any, callback: Callable[[], None], events: int = selectors.EVENT_READ) -> None:
+        if fileobj in self._selector.get_map():
+            self._selector.modify(fileobj, events, callback)
+        else:
+            self._selector.register(fileobj, events, callback)
+
+    def _unwatch(self, fileobj: Any) -> None:
+        if fileobj in self._selector.get_map():
+            self._selector.unregister(fileobj)
+
+    # ---- signals
+
+    def _catch_signals(self) -> socket.socket:
+        """Let signals wake the selector as bytes. signal(7)"""
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+            signal.signal(number, lambda *_: None)
+        self._watch(ours, lambda: self._signalled(ours.recv(4096)))
+        self._wakeup = theirs
+        return ours
+
+    def _signalled(self, numbers: bytes) -> None:
+        for number in dict.fromkeys(numbers):
+            if number == signal.SIGHUP:
+                crew.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+                self._ask_reload(_SIGNAL)
+            elif number in (signal.SIGTERM, signal.SIGINT):
+                self._stop()
+            elif number == signal.SIGCHLD:
+                process.reap_orphans({hand.pid for hand in self._hands.values()})
+
+    def _stop(self) -> None:
+        crew.notify("STOPPING=1")
+        self._events.append(reload.StopAsked(self._config.stop_timeout_s))
+
+    # ---- events and effects
+
+    def _settle(self) -> None:
+        """Handle what was queued, and what that queues."""
+        while self._events:
+            event = self._events.popleft()
+            try:
+                self._handle(event)
+            except IllegalEvent as problem:
+                self._refuse_event(event, problem)
+        if self._waiting and time.monotonic() - self._last_progress_s > PROGRESS_S:
+            self._last_progress_s = time.monotonic()
+            for number in self._waiting:
+                self._reply(number, {"progress": report.progress(self._machine)})
+
+    def _handle(self, event: reload.Event) -> None:
+        for effect in self._machine.handle(event, time.monotonic()):
+            self._perform(effect)
+
+    def _refuse_event(self, event: reload.Event, problem: IllegalEvent) -> None:
+        """A worker that breaks the protocol is killed: its word cannot be trusted for any connection."""
+        log.error("event=refused problem=%r", str(problem))
+        if isinstance(event, reload.FromWorker):
+            for descriptor in event.descriptors:
+                os.close(descriptor)
+            self._machine.counters["protocol_errors"] += 1
+            if event.worker in self._hands:
+                self._hands[event.worker].child.kill()
+
+    def _perform(self, effect: reload.Effect) -> None:
+        match effect:
+            case reload.Send(worker, message, descriptors):
+                self._send(worker, message, descriptors)
+            case reload.Spawn(worker, generation, after_s):
+                self._set_timer(f"spawn {worker}", after_s, lambda: self._spawn(worker, generation))
+            case reload.Kill(worker):
+                self._kill(worker)
+            case reload.Close(descriptor):
+                os.close(descriptor)
+            case reload.Reset(descriptor):
+                _reset(descriptor)
+            case reload.SetTimer(name, None):
+                self._timers.pop(name, None)
+            case reload.SetTimer(name, float() | int() as after_s):
+                self._set_timer(name, after_s, lambda: self._events.append(reload.TimerFired(name)))
+            case reload.Note(name, fields):
+                log.info("event=%s %s", name, " ".join(f"{key}={_value(value)}" for key, value in fields.items()))
+            case reload.Finished(asker, result):
+                self._finished(asker, result)
+            case reload.AskAgain():
+                self._ask_reload(_SIGNAL)
+            case reload.SetTimer():
+                raise AssertionError(effect)
+            case _:
+                assert_never(effect)
+
+    def _send(self, worker: int, message: wire.Message, descriptors: tuple[int, ...]) -> None:
+        hand = self._hands.get(worker)
+        if hand is not None:
+            with contextlib.suppress(ChannelClosed):  # it is dying; its pidfd tells
+                hand.channel.send(message, descriptors)
+
+    def _set_timer(self, name: str, after_s: float, fire: Callable[[], None]) -> None:
+        self._timers[name] = (time.monotonic() + after_s, fire)
+
+    # ---- workers
+
+    def _spawn(self, worker: int, generation: int) -> None:
+        try:
+            hand = crew.Hand(worker, generation, self._generations[generation].release, self._environment)
+        except (CopyoverError, OSError) as problem:
+            log.error("event=not-started worker=%d problem=%r", worker, str(problem))  # noqa: TRY400  # a sentence
+            self._events.append(reload.Died(worker, str(problem)))
+            return
+        self._hands[worker] = hand
+        self._watch(hand.child, lambda: self._bury(hand))
+        self._watch(hand.channel, lambda: self._receive(hand))
+        if hand.tail is not None:
+            self._watch(hand.tail, lambda: self._read_tail(hand))
+        hand.channel.on_backlog = lambda is_full: self._watch_channel(hand, is_full=is_full)
+        log.info("event=started worker=%d pid=%d generation=%d", worker, hand.pid, generation)
+
+    def _watch_channel(self, hand: crew.Hand, *, is_full: bool) -> None:
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if is_full else 0)
+        self._watch(hand.channel, lambda: self._receive(hand), events)
+
+    def _kill(self, worker: int) -> None:
+        if worker in self._hands:
+            self._hands[worker].child.kill()
+        elif self._timers.pop(f"spawn {worker}", None) is not None:
+            self._events.append(reload.Died(worker, "was not started any more"))
+
+    def _receive(self, hand: crew.Hand) -> None:
+        try:
+            if hand.channel.has_backlog:
+                hand.channel.flush()
+            for _ in range(PACKETS_A_TURN):
+                self._take_packet(hand, hand.channel.receive())
+                self._settle()
+        except BlockingIOError:
+            return
+        except ChannelClosed:
+            self._unwatch(hand.channel)  # not its death: that is for the pidfd to say
+        except (WireError, ChangeRefused) as problem:
+            log.error("event=refused worker=%d problem=%r", hand.worker, str(problem))  # noqa: TRY400  # a sentence
+            self._machine.counters["protocol_errors"] += 1
+            self._events.append(reload.FromWorker(hand.worker, wire.Failed(reason=str(problem), status=3)))
+            self._unwatch(hand.channel)
+            hand.child.kill()
+
+    def _take_packet(self, hand: crew.Hand, packet: Packet) -> None:
+        with packet:
+            message = packet.message
+            if hand.hello is None:
+                hand.welcome(
+                    wire.expect(message, wire.Hello), self._listeners, self._config_of(hand).worker_options
+                )
+                return
+            if isinstance(message, wire.Ready):
+                hand.ready = message
+            if isinstance(message, wire.Lend):
+                _check_cookies(message, packet.descriptors)
+            self._events.append(reload.FromWorker(hand.worker, message, packet.take()))
+
+    def _config_of(self, hand: crew.Hand) -> Config:
+        return self._generations[hand.generation].config
+
+    def _read_tail(self, hand: crew.Hand) -> None:
+        if hand.tail is not None and not hand.tail.read():
+            self._unwatch(hand.tail)
+            hand.drop_tail()
+
+    def _bury(self, hand: crew.Hand) -> None:
+        """Reap, read its channel to the end, and only then say that it is dead."""
+        self._unwatch(hand.child)
+        how = hand.child.reap()
+        self._unwatch(hand.channel)
+        for packet in hand.remaining():
+            with contextlib.suppress(WireError):  # hello of a worker that died at once: nobody to welcome
+                self._take_packet(hand, packet)
+                self._settle()
+        self._settle()
+        self._drain_tail(hand)
+        self._generations[hand.generation].last_words = list(hand.lines)
+        words = hand.in_words(how)
+        self._events.append(reload.Died(hand.worker, words))
+        self._settle()
+        if hand.tail is not None:
+            self._unwatch(hand.tail)
+        del self._hands[hand.worker]
+        hand.close()
+        process.reap_orphans({other.pid for other in self._hands.values()})
+
+    def _drain_tail(self, hand: crew.Hand) -> None:
+        """Read what the pipe holds now; a forked child may keep it open."""
+        if hand.tail is None:
+            return
+        waiting = selectors.DefaultSelector()
+        waiting.register(hand.tail, selectors.EVENT_READ)
+        while waiting.select(0) and hand.tail.read():
+            continue
+        waiting.close()
+
+    # ---- reloads
+
+    def _ask_reload(self, asker: int, wishes: Mapping[str, Any] | None = None) -> None:
+        wishes = wishes or {}
+        config, generation = self._config, self._newest + 1
+        if self._machine.phase is reload.Phase.SERVING:  # else the machine says that it is busy
+            try:
+                config = self._read_settings(wishes)
+                release = pin(config)
+            except CopyoverError as problem:
+                self._refuse_reload(asker, problem)
+                return
+            self._newest = generation
+            self._generations[generation] = _Generation(release, config)
+        self._events.append(
+            reload.Reload(
+                asker=asker,
+                generation=generation,
+                workers=config.workers,
+                move=config.move,
+                timeout_s=config.timeout_s,
+                gather_s=config.gather_s,
+                boundary_s=config.boundary_s,
+                drain_s=config.drain_timeout_s,
+                max_retiring=config.max_retiring,
+                is_remembered=asker == _SIGNAL,
+            )
+        )
+
+    def _read_settings(self, wishes: Mapping[str, Any]) -> Config:
+        config = self._settings()
+        fixed = configs.unreloadable(self._config, config)
+        if fixed:
+            raise UsageError(f"{', '.join(fixed)} cannot be changed by a reload: stop the holder and run it anew")
+        return attrs.evolve(config, **wishes)
+
+    def _refuse_reload(self, asker: int, problem: CopyoverError) -> None:
+        serving = self._machine.generation
+        result = reload.Result(
+            reload.Outcome.REFUSED, serving, serving, serving, error=str(problem), status=problem.exit_code
+        )
+        self._finished(asker, result)
+
+    def _finished(self, asker: int, result: reload.Result) -> None:
+        tail: list[str] = []
+        if result.outcome is not reload.Outcome.DONE and result.outcome is not reload.Outcome.BUSY:
+            for hand in self._hands.values():
+                if hand.generation == result.to_generation and hand.ready is None:
+                    self._drain_tail(hand)
+                    self._generations[hand.generation].last_words = list(hand.lines)
+            if result.to_generation in self._generations and result.to_generation != result.serving_generation:
+                tail = self._generations[result.to_generation].last_words
+        answer = report.result_object(result, self._hands, tail)
+        if result.outcome is not reload.Outcome.BUSY:
+            self._last_reload = answer
+        if result.outcome is reload.Outcome.DONE:
+            self._config = self._generations[result.to_generation].config
+            self._forget_generations()
+        if asker == _BOOT:
+            self._booted(result, answer)
+        elif asker == _SIGNAL:
+            crew.notify("READY=1")
+            if answer["exit_code"]:
+                log.error("event=reload-failed outcome=%s error=%r", answer["outcome"], answer["error"])
+        else:
+            self._waiting.discard(asker)
+            self._reply(asker, {"result": answer}, is_last=True)
+
+    def _forget_generations(self) -> None:
+        alive = {hand.generation for hand in self._hands.values()} | {self._newest}
+        self._generations = {number: kept for number, kept in self._generations.items() if number in alive}
+
+    def _booted(self, result: reload.Result, answer: dict[str, Any]) -> None:
+        if result.outcome is reload.Outcome.DONE:
+            where = ",".join(listener.url for listener in self._listeners)
+            print(f"ready name={self._config.name} pid={os.getpid()} listen={where}", flush=True)  # noqa: T201
+            crew.notify("READY=1")
+            return
+        self._failure = answer["error"]
+        self._exit_code = result.status or 3
+        for hand in self._hands.values():
+            hand.child.kill()
+            hand.child.reap()
+
+    # ---- operators
+
+    def _accept_caller(self, listener: socket.socket) -> None:
+        try:
+            sock, _ = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        number = next(number for number in range(1, len(self._callers) + 2) if number not in self._callers)
+        caller = control.Caller(sock, number)
+        self._callers[number] = caller
+        if not caller.is_permitted:
+            self._machine.counters["denied"] += 1
+            sentence = "only the holder's own user and root may command it"
+            self._reply(number, {"denied": sentence}, is_last=True)
+            return
+        self._watch(caller, lambda: self._hear(caller))
+
+    def _hear(self, caller: control.Caller) -> None:
+        try:
+            if caller.has_unsent:
+                self._flush(caller)
+            for request in caller.requests():
+                self._answer(caller, request)
+        except control.BadRequest as problem:
+            self._reply(caller.number, {"error": str(problem)}, is_last=True)
+        except EOFError:
+            self._hang_up(caller)
+
+    def _answer(self, caller: control.Caller, request: dict[str, Any]) -> None:
+        match request["do"]:
+            case "reload":
+                self._answer_reload(caller, request)
+            case "status":
+                self._reply(caller.number, {"result": self._status()}, is_last=True)
+            case "connections":
+                self._reply(caller.number, {"result": self._connections()}, is_last=True)
+            case "stop":
+                self._reply(caller.number, {"result": {"schema": report.SCHEMA, "pid": os.getpid()}}, is_last=True)
+                self._stop()
+            case unknown:
+                self._reply(caller.number, {"error": f"this holder does not know {unknown!r}"}, is_last=True)
+
+    def _answer_reload(self, caller: control.Caller, request: dict[str, Any]) -> None:
+        wishes = {}
+        for key, kinds in (("timeout_s", (int, float)), ("move", (str,))):
+            if request.get(key) is not None:
+                if type(request[key]) not in kinds or (key == "timeout_s" and not request[key] > 0):
+                    self._reply(caller.number, {"error": f"{key} cannot be {request[key]!r}"}, is_last=True)
+                    return
+                wishes[key] = request[key]
+        if wishes.get("move", "together") not in ("together", "rolling"):
+            self._reply(caller.number, {"error": f"move cannot be {wishes['move']!r}"}, is_last=True)
+            return
+        if request.get("wait", True):
+            self._waiting.add(caller.number)
+            self._ask_reload(caller.number, wishes)
+            return
+        self._ask_reload(_SIGNAL, wishes)
+        started = {"schema": report.SCHEMA, "outcome": "started", "exit_code": 0}
+        self._reply(caller.number, {"result": started}, is_last=True)
+
+    def _status(self) -> dict[str, Any]:
+        now_s = time.monotonic()
+        deadline_s = self._timers.get("change", self._timers.get("stop", (None,)))[0]
+        return {
+            "schema": report.SCHEMA,
+            "name": self._config.name,
+            "pid": os.getpid(),
+            "uptime_s": round(now_s - self._started_s, 3),
+            "is_serving": report.is_serving(self._machine),
+            **report.status(self._machine, self._hands, now_s=now_s, deadline_s=deadline_s),
+            "listeners": [{"name": listener.name, "address": listener.url} for listener in self._listeners],
+            "last_reload": self._last_reload,
+        }
+
+    def _connections(self) -> dict[str, Any]:
+        rows = [
+            report.connection_object(
+                entry, self._machine, self._listeners[entry.listener].name, _peer(entry.descriptor)
+            )
+            for entry in self._machine.ledger.entries.values()
+        ]
+        return {"schema": report.SCHEMA, "connections": rows}
+
+    def _reply(self, number: int, answer: dict[str, Any], *, is_last: bool = False) -> None:
+        caller = self._callers.get(number)
+        if caller is None:
+            return
+        caller.reply(answer, is_last=is_last)
+        try:
+            self._flush(caller)
+        except EOFError:
+            self._hang_up(caller)
+
+    def _flush(self, caller: control.Caller) -> None:
+        caller.flush()
+        if caller.has_unsent:
+            self._watch(caller, lambda: self._hear(caller), selectors.EVENT_READ | selectors.EVENT_WRITE)
+        elif caller.is_done:
+            self._hang_up(caller)
+        else:
+            self._watch(caller, lambda: self._hear(caller))
+
+    def _hang_up(self, caller: control.Caller) -> None:
+        """The caller has gone; what it asked for goes on."""
+        self._waiting.discard(caller.number)
+        if self._callers.pop(caller.number, None) is not None:
+            self._unwatch(caller)
+            caller.close()
+
+
+def _check_cookies(message: wire.Lend, descriptors: Sequence[int]) -> None:
+    """A lent descriptor must be the connection that it is said to be."""
+    for cookie, descriptor in zip(message.cookie, descriptors, strict=True):
+        try:
+            found = cookie_of_descriptor(descriptor)
+        except OSError as problem:
+            raise WireError("a lent descriptor is no socket") from problem
+        if found != cookie:
+            raise WireError(f"a lent descriptor is connection {found}, not {cookie}")
+
+
+def _reset(descriptor: int) -> None:
+    with socket.socket(fileno=descriptor) as sock, contextlib.suppress(OSError):
+        reset(sock)  # it fails where the client's own reset came first
+
+
+def _peer(descriptor: int) -> str | None:
+    sock = socket.socket(fileno=descriptor)
+    try:
+        peer = sock.getpeername()
+    except OSError:
+        return None
+    finally:
+        sock.detach()
+    if isinstance(peer, tuple):
+        return f"[{peer[0]}]:{peer[1]}" if ":" in str(peer[0]) else f"{peer[0]}:{peer[1]}"
+    return str(peer) or "unix"
+
+
+def _value(value: object) -> str:
+    text = str(value)
+    return repr(text) if not text or " " in text or '"' in text or "=" in text else text

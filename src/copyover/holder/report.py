@@ -1,0 +1,153 @@
+"""
+What the holder tells of itself: results and status as JSON objects, failures as sentences.
+
+It reads the machine and changes nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from copyover.ledger import Standing
+from copyover.reload import Machine, Outcome, Phase, Result, Strength
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from copyover.holder.crew import Hand
+    from copyover.ledger import Entry
+
+SCHEMA = 1
+BLOCKING_SHOWN = 10
+
+
+def exit_code(result: Result) -> int:
+    """Return what ``reload`` exits with: the truth about this change."""
+    if result.lost:
+        return 4
+    return {Outcome.DONE: 0, Outcome.BUSY: 5}.get(result.outcome, 3)
+
+
+def result_object(result: Result, hands: Mapping[int, Hand], tail: Sequence[str]) -> dict[str, Any]:
+    """Return the object of ``reload --json``."""
+    return {
+        "schema": SCHEMA,
+        "outcome": result.outcome.value,
+        "exit_code": exit_code(result),
+        "generation": {"from": result.from_generation, "to": result.to_generation},
+        "serving_generation": result.serving_generation,
+        "connections": {"moved": result.moved, "kept": result.kept, "ended": result.ended, "lost": result.lost},
+        "kept": [{"connection": cookie, "reason": reason} for cookie, reason in result.kept_reasons],
+        "pause_ms": percentiles(result.pauses_us),
+        "phases_ms": result.phases_ms,
+        "error": _error(result, hands),
+        "stderr_tail": list(tail),
+    }
+
+
+def _error(result: Result, hands: Mapping[int, Hand]) -> str | None:
+    if result.error is None:
+        return None
+    if result.serving_generation == 0:
+        return result.error
+    pids = [str(hand.pid) for hand in hands.values() if hand.generation == result.serving_generation]
+    served = "every connection" if result.lost == 0 else "the others"
+    lost = f"; {result.lost} connections were lost" if result.lost else ""
+    return (
+        f"{result.error}{lost}; generation {result.serving_generation} (pid {', '.join(pids) or 'none'}) "
+        f"still serves {served}"
+    )
+
+
+def percentiles(pauses_us: Sequence[int]) -> dict[str, float]:
+    ordered = sorted(pauses_us)
+    if not ordered:
+        return {"p50": 0.0, "p99": 0.0, "max": 0.0}
+
+    def at(share: float) -> float:
+        return round(ordered[min(int(len(ordered) * share), len(ordered) - 1)] / 1000, 3)
+
+    return {"p50": at(0.5), "p99": at(0.99), "max": at(1.0)}
+
+
+def progress(machine: Machine) -> dict[str, Any]:
+    """Return how far the change is."""
+    change = machine.change
+    return {
+        "phase": machine.phase.value,
+        "moved": change.moved if change else 0,
+        "open": len(change.open) if change else 0,
+    }
+
+
+def status(machine: Machine, hands: Mapping[int, Hand], *, now_s: float, deadline_s: float | None) -> dict[str, Any]:
+    """Return the part of ``status --json`` that the machine knows."""
+    owned = machine.ledger.owned
+    return {
+        "generation": machine.generation,
+        "phase": {
+            "name": machine.phase.value,
+            "deadline_in_s": None if deadline_s is None else round(max(deadline_s - now_s, 0.0), 3),
+            "blocked_by": _blocking(machine),
+        },
+        "workers": [
+            {
+                "worker": worker.id,
+                "pid": hands[worker.id].pid if worker.id in hands else None,
+                "generation": worker.generation,
+                "state": worker.strength.value,
+                "release": {
+                    "directory": hands[worker.id].release.directory,
+                    "python": hands[worker.id].release.python,
+                    "application": hands[worker.id].release.application,
+                }
+                if worker.id in hands
+                else None,
+                "connections": owned[worker.id],
+            }
+            for worker in machine.workers.values()
+        ],
+        "connections": {
+            "live": len(machine.ledger),
+            "parked": sum(entry.standing is Standing.PARKED for entry in machine.ledger.entries.values())
+            if machine.phase is not Phase.SERVING
+            else 0,
+            "kept": len(machine.kept),
+        },
+        "counters": dict(sorted(machine.counters.items())),
+    }
+
+
+def is_serving(machine: Machine) -> bool:
+    return any(
+        worker.strength is Strength.READY and worker.generation == machine.generation
+        for worker in machine.workers.values()
+    )
+
+
+def _blocking(machine: Machine) -> list[dict[str, Any]]:
+    """Return who the phase waits for: workers while booting, connections while moving."""
+    change = machine.change
+    if change is None:
+        return []
+    if machine.phase is Phase.BOOTING:
+        booting = [w for w in change.replacements if machine.workers[w].strength is Strength.BOOTING]
+        return [{"worker": worker, "reason": "not ready yet"} for worker in booting[:BLOCKING_SHOWN]]
+    entries = [machine.ledger.entries[c] for c in list(change.open)[:BLOCKING_SHOWN] if c in machine.ledger.entries]
+    return [
+        {"connection": e.cookie, "worker": e.owner, "reason": e.standing.value} for e in entries
+    ]
+
+
+def connection_object(entry: Entry, machine: Machine, listener: str, peer: str | None) -> dict[str, Any]:
+    """Return one row of ``connections --json``."""
+    worker = machine.workers.get(entry.owner)
+    return {
+        "connection": entry.cookie,
+        "listener": listener,
+        "peer": peer,
+        "worker": entry.owner,
+        "generation": worker.generation if worker else None,
+        "state": entry.standing.value,
+        "kept": machine.kept.get(entry.cookie),
+    }

@@ -1,0 +1,215 @@
+"""
+Which addresses clients connect to, and the sockets that listen there.
+
+It binds and closes; what is accepted from them is the workers' business.
+"""
+
+from __future__ import annotations
+
+import errno
+import grp
+import os
+import re
+import socket
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qsl, urlsplit
+
+import attrs
+
+from copyover.errors import AddressInUse, BadAddress, PermissionRefused
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+BACKLOG = 4096
+_FIRST_PASSED = 3  # SD_LISTEN_FDS_START. sd_listen_fds(3)
+_NAMED = re.compile(r"([A-Za-z_][A-Za-z0-9_-]*)=(.*)", re.DOTALL)
+
+
+@attrs.frozen
+class Address:
+    """Where to listen. *host* and *port* for TCP, else *path*."""
+
+    name: str
+    host: str = ""
+    port: int = 0
+    path: str | None = None
+    mode: int | None = None
+    group: str | None = None
+
+
+@attrs.frozen
+class Listener:
+    name: str
+    socket: socket.socket
+    path: str | None = None
+
+    @property
+    def url(self) -> str:
+        """The address as it was bound, with the port that the kernel chose."""
+        where = self.socket.getsockname()
+        if self.socket.family == socket.AF_UNIX:
+            return f"unix://{self.path or where}"
+        host, port = where[0], where[1]
+        return f"tcp://[{host}]:{port}" if self.socket.family == socket.AF_INET6 else f"tcp://{host}:{port}"
+
+
+def parse(text: str) -> Address:
+    """
+    Read ``[NAME=]tcp://HOST:PORT``, ``unix:///path?mode=0660&group=NAME``, or a bare ``HOST:PORT``.
+
+    Raises:
+        BadAddress: it is none of these.
+
+    """
+    named = _NAMED.fullmatch(text)
+    name, url = named.groups() if named else (text, text)
+    if url.startswith("unix:"):
+        return _parse_unix(name, url)
+    if "://" in url and not url.startswith("tcp://"):
+        raise BadAddress(f"{text!r} is neither tcp:// nor unix://")
+    parts = urlsplit(url if "://" in url else "tcp://" + url)
+    try:
+        port = parts.port
+    except ValueError as problem:
+        raise BadAddress(f"the port of {text!r} is no number from 0 to 65535") from problem
+    if not parts.hostname or port is None or parts.path or parts.query:
+        raise BadAddress(f"{text!r} is no address; write HOST:PORT, tcp://[::1]:PORT or unix:///path")
+    return Address(name, host=parts.hostname, port=port)
+
+
+def _parse_unix(name: str, url: str) -> Address:
+    parts = urlsplit(url)
+    options = dict(parse_qsl(parts.query))
+    if parts.netloc or not parts.path.startswith("/"):
+        raise BadAddress(f"{url!r} needs an absolute path: unix:///path")
+    if set(options) - {"mode", "group"}:
+        raise BadAddress(f"{url!r} has the options {', '.join(options)}; mode and group are known")
+    try:
+        mode = int(options["mode"], 8) if "mode" in options else None
+    except ValueError as problem:
+        raise BadAddress(f"the mode of {url!r} is no octal number such as 0660") from problem
+    return Address(name, path=parts.path, mode=mode, group=options.get("group"))
+
+
+def bind(address: Address) -> Listener:
+    """
+    Listen on *address*.
+
+    Accepted sockets inherit the options: TCP_NODELAY, and SO_OOBINLINE, without which an urgent byte would hide how
+    many bytes are unread. tcp(7)
+
+    Raises:
+        AddressInUse: somebody listens there.
+        PermissionRefused: this user may not.
+        BadAddress: the host or group does not exist, or is not of this machine.
+
+    """
+    if address.path is not None:
+        return Listener(address.name, _bind_unix(address, address.path), address.path)
+    try:
+        found = socket.getaddrinfo(
+            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except socket.gaierror as problem:
+        raise BadAddress(f"the host of {address.name!r} cannot be found: {problem.strerror}") from problem
+    family, kind, protocol, _, where = found[0]
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(where)
+        _prepare(sock)
+    except OSError as problem:
+        sock.close()
+        raise _in_words(problem, address) from problem
+    return Listener(address.name, sock)
+
+
+def _prepare(sock: socket.socket) -> None:
+    if sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+    sock.listen(BACKLOG)
+    sock.setblocking(False)
+
+
+def _bind_unix(address: Address, path: str) -> socket.socket:
+    """Bind under a temporary name and rename: no moment at which clients find nothing."""
+    if _somebody_listens(path):
+        raise AddressInUse(f"another process listens on {path}; stop it first, or choose another path")
+    temporary = f"{path}.{os.getpid()}"
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.bind(temporary)
+        if address.mode is not None:
+            Path(temporary).chmod(address.mode)
+        if address.group is not None:
+            os.chown(temporary, -1, grp.getgrnam(address.group).gr_gid)
+        _prepare(sock)
+        Path(temporary).rename(path)
+    except KeyError as problem:
+        sock.close()
+        Path(temporary).unlink()
+        raise BadAddress(f"there is no group {address.group!r} for {path}") from problem
+    except OSError as problem:
+        sock.close()
+        Path(temporary).unlink(missing_ok=True)
+        raise _in_words(problem, address) from problem
+    return sock
+
+
+def _somebody_listens(path: str) -> bool:
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise BadAddress(f"{path} exists and is no socket; it is left alone")
+    except FileNotFoundError:
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        return probe.connect_ex(path) != errno.ECONNREFUSED
+
+
+def _in_words(problem: OSError, address: Address) -> Exception:
+    where = address.path or f"{address.host}:{address.port}"
+    if problem.errno == errno.EADDRINUSE:
+        return AddressInUse(f"another process listens on {where}; find it with: ss -ltnp 'sport = :{address.port}'")
+    if problem.errno in (errno.EACCES, errno.EPERM):
+        return PermissionRefused(f"this user may not listen on {where}: {problem.strerror}")
+    return BadAddress(f"{where} cannot be bound: {problem.strerror}")
+
+
+def take_passed() -> list[Listener]:
+    """Take the listeners of LISTEN_FDS, if they are meant for this process. sd_listen_fds(3)"""
+    count = os.environ.get("LISTEN_FDS", "")
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or not count.isdecimal():
+        return []
+    names = os.environ.get("LISTEN_FDNAMES", "").split(":")
+    taken = []
+    for place in range(int(count)):
+        sock = socket.socket(fileno=_FIRST_PASSED + place)
+        sock.set_inheritable(False)
+        sock.setblocking(False)
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        taken.append(Listener(names[place] if place < len(names) and names[place] else f"fd{place}", sock))
+    return taken
+
+
+def close_all(listeners: Sequence[Listener]) -> None:
+    for listener in listeners:
+        # The path may be a successor's by now: it is removed only while it is this very socket's.
+        if listener.path is not None and not _was_replaced(listener.path, listener.socket):
+            Path(listener.path).unlink(missing_ok=True)
+        listener.socket.close()
+
+
+def _was_replaced(path: str, ours: socket.socket) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        if probe.connect_ex(path) != 0:
+            return True
+        # The bound name is the temporary one; a successor's name has another process id.
+        return bool(probe.getpeername() != ours.getsockname())

@@ -1,0 +1,113 @@
+"""
+How other processes are started, watched and ended: the only spawn, pidfd and kill.
+
+It decides nothing about them. Death is a readable pidfd, never the EOF of a channel: a forked child of a worker holds
+that open. pidfd_open(2)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import resource
+import signal
+import subprocess
+from typing import TYPE_CHECKING
+
+from copyover.errors import PermissionRefused, PythonNotFound
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+class Child:
+    """A process that we started; ``fileno`` is its pidfd, readable once it is dead."""
+
+    def __init__(self, popen: subprocess.Popen[bytes]) -> None:
+        self._popen = popen
+        self.pid = popen.pid
+        self._pidfd = os.pidfd_open(popen.pid)
+
+    def fileno(self) -> int:
+        return self._pidfd
+
+    def kill(self) -> None:
+        """SIGKILL it; the pidfd names it even when its number is reused."""
+        try:
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        except ProcessLookupError:
+            return  # it is dead and waits to be reaped
+
+    def reap(self) -> str:
+        """Take its exit status, waiting for it if need be, and say in words how it ended."""
+        status = self._popen.wait()
+        os.close(self._pidfd)
+        if status >= 0:
+            return f"exited with {status}"
+        try:
+            return f"was killed by {signal.Signals(-status).name}"
+        except ValueError:
+            return f"was killed by signal {-status}"
+
+
+def spawn(
+    argv: Sequence[str], *, cwd: str, env: Mapping[str, str], inherit: Sequence[int], stderr: int
+) -> Child:
+    """
+    Start *argv* as a child in a process group of its own, with the descriptors *inherit* open under their numbers.
+
+    All other descriptors of ours are close-on-exec, so that the child need not walk over thousands of them.
+
+    Raises:
+        PythonNotFound: *argv[0]* does not exist.
+        PermissionRefused: it cannot be executed, or *cwd* cannot be entered.
+
+    """
+    for descriptor in inherit:
+        os.set_inheritable(descriptor, True)
+    try:
+        return Child(
+            subprocess.Popen(
+                argv,
+                cwd=cwd,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stderr=stderr,
+                close_fds=False,
+                process_group=0,  # a terminal's Ctrl-C reaches the holder alone
+            )
+        )
+    except FileNotFoundError as missing:
+        raise PythonNotFound(f"there is no {missing.filename}; say --python, or make the venv first") from missing
+    except PermissionError as refused:
+        raise PermissionRefused(f"{refused.filename} cannot be run or entered: {refused.strerror}") from refused
+    finally:
+        for descriptor in inherit:
+            os.set_inheritable(descriptor, False)
+
+
+def reap_orphans(ours: set[int]) -> None:
+    """Reap adopted children (we may be PID 1); *ours* are left to whoever watches their pidfds."""
+    while True:
+        try:
+            dead = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return
+        if dead is None or dead.si_pid in ours:
+            return
+        os.waitid(os.P_PID, dead.si_pid, os.WEXITED | os.WNOHANG)
+
+
+def raise_descriptor_limit() -> int:
+    """
+    Raise the soft NOFILE to the hard limit, grow the descriptor table to it once, and return it.
+
+    A table that grows while descriptors arrive costs a synchronize_rcu at each doubling when threads live.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    limit = min(hard, 1 << 20)
+    null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    os.close(fcntl.fcntl(null, fcntl.F_DUPFD_CLOEXEC, limit - 1))
+    os.close(null)
+    return limit
