@@ -45,13 +45,17 @@ def main() -> None:
 @main.command()
 @click.argument("app", required=False)
 @click.option("--name", help="Name of the holder; default $COPYOVER_NAME, else default.")
-@click.option("--listen", multiple=True, metavar="[NAME=]ADDRESS", help="HOST:PORT, tcp://… or unix:///path; repeatable.")
+@click.option(
+    "--listen", multiple=True, metavar="[NAME=]ADDRESS", help="HOST:PORT, tcp://… or unix:///path; repeatable."
+)
 @click.option("--workers", type=int, help="Interpreters of a generation; default 1.")
 @click.option("--python", help="The release's interpreter; default CHDIR/.venv/bin/python, else this one.")
 @click.option("--chdir", help="The release's directory; a symlink is followed anew at each reload.")
 @click.option("--app-dir", help="Where modules are imported from, relative to CHDIR.")
 @click.option("--move", type=click.Choice(["together", "rolling"]), help="How connections move; default together.")
-@click.option("--loop", type=click.Choice(["auto", "asyncio", "uvloop"]), help="The event loop; auto takes uvloop if there.")
+@click.option(
+    "--loop", type=click.Choice(["auto", "asyncio", "uvloop"]), help="The event loop; auto takes uvloop if there."
+)
 @click.option("--config", "file", type=click.Path(dir_okay=False), help="copyover.toml; flags win over it.")
 def run(file: str | None, listen: tuple[str, ...], chdir: str | None, **flags: Any) -> None:
     """Start a holder, and the server APP (module:attribute) under it."""
@@ -84,7 +88,9 @@ def _here() -> Path:
 @main.command()
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
-@click.option("--timeout", "timeout_s", type=click.FloatRange(min=0, min_open=True), help="Roll back after so many seconds.")
+@click.option(
+    "--timeout", "timeout_s", type=click.FloatRange(min=0, min_open=True), help="Roll back after so many seconds."
+)
 @click.option("--no-wait", is_flag=True, help="Ask for it and return.")
 @click.option("--move", type=click.Choice(["together", "rolling"]), help="How connections move, this time.")
 def reload(name: str | None, timeout_s: float | None, move: str | None, *, as_json: bool, no_wait: bool) -> None:

@@ -77,7 +77,9 @@ def prepare(directory: Directory) -> None:
         with contextlib.suppress(FileExistsError):
             directory.path.mkdir(mode=0o700)
     except OSError as problem:
-        sentence = f"{directory.path} cannot be made: {problem.strerror}; set COPYOVER_RUNTIME_DIR to a directory of yours"
+        sentence = (
+            f"{directory.path} cannot be made: {problem.strerror}; set COPYOVER_RUNTIME_DIR to a directory of yours"
+        )
         raise PermissionRefused(sentence) from problem
     for path in (directory.path, directory.path.parent):
         found = path.stat()

@@ -78,7 +78,9 @@ class ConfigError(UsageError):
     *file* and *line* are None where the value came from a flag.
     """
 
-    def __init__(self, problem: str, *, key: str | None = None, file: str | None = None, line: int | None = None) -> None:
+    def __init__(
+        self, problem: str, *, key: str | None = None, file: str | None = None, line: int | None = None
+    ) -> None:
         self.problem, self.key, self.file, self.line = problem, key, file, line
         where = "" if file is None else f"{file}: " if line is None else f"{file}:{line}: "
         super().__init__(f"{where}{problem}" if key is None else f"{where}{key}: {problem}")

@@ -214,9 +214,7 @@ class Ledger:
             return False
         return entry.standing is Standing.THAWING or (
             # A freeze crossed the thaw: had it been adopted first, the adopted would have come first.
-            entry.standing is Standing.FREEZING
-            and entry.owner != passage.origin
-            and not passage.was_adopted
+            entry.standing is Standing.FREEZING and entry.owner != passage.origin and not passage.was_adopted
         )
 
     def park(self, cookie: int) -> Entry:

@@ -110,9 +110,7 @@ def bind(address: Address) -> Listener:
     if address.path is not None:
         return Listener(address.name, _bind_unix(address, address.path), address.path)
     try:
-        found = socket.getaddrinfo(
-            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
+        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except socket.gaierror as problem:
         raise BadAddress(f"the host of {address.name!r} cannot be found: {problem.strerror}") from problem
     family, kind, protocol, _, where = found[0]

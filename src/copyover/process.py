@@ -50,9 +50,7 @@ class Child:
             return f"was killed by signal {-status}"
 
 
-def spawn(
-    argv: Sequence[str], *, cwd: str, env: Mapping[str, str], inherit: Sequence[int], stderr: int
-) -> Child:
+def spawn(argv: Sequence[str], *, cwd: str, env: Mapping[str, str], inherit: Sequence[int], stderr: int) -> Child:
     """
     Start *argv* as a child in a process group of its own, with the descriptors *inherit* open under their numbers.
 

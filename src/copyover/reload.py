@@ -473,9 +473,7 @@ class Machine:
         worker.is_off = True
         if worker.id not in change.incumbents:
             return
-        worker.queue.extend(
-            entry.cookie for entry in self.ledger.of(worker.id) if entry.standing is Standing.SERVED
-        )
+        worker.queue.extend(entry.cookie for entry in self.ledger.of(worker.id) if entry.standing is Standing.SERVED)
         if change.is_together:
             self._freeze_all(worker)
         else:
@@ -838,7 +836,9 @@ class Machine:
             replacement.is_off = False
             self._send(replacement.id, wire.AcceptOff(moving=True))
         own = {worker.id for worker in self._living(change.incumbents)}
-        change.open -= {e.cookie for e in self.ledger.entries.values() if e.owner in own and e.standing is Standing.SERVED}
+        change.open -= {
+            e.cookie for e in self.ledger.entries.values() if e.owner in own and e.standing is Standing.SERVED
+        }
         self._freeze_replacements()
         self._place([e for e in self.ledger.entries.values() if e.standing is Standing.PARKED])
         self._check_rolled_back()

@@ -410,9 +410,7 @@ class Header:
         return bool(self.flags & FLAG_MEMFD)
 
     def pack(self) -> bytes:
-        return HEADER.pack(
-            MAGIC, self.version, self.kind, self.rows, self.rare_bytes, self.descriptors, self.flags
-        )
+        return HEADER.pack(MAGIC, self.version, self.kind, self.rows, self.rare_bytes, self.descriptors, self.flags)
 
 
 def encode(message: Message, *, descriptors: int = 0, version: int = WIRE_VERSIONS[1]) -> tuple[Header, bytes]:

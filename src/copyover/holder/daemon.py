@@ -274,9 +274,7 @@ class Daemon:
         with packet:
             message = packet.message
             if hand.hello is None:
-                hand.welcome(
-                    wire.expect(message, wire.Hello), self._listeners, self._config_of(hand).worker_options
-                )
+                hand.welcome(wire.expect(message, wire.Hello), self._listeners, self._config_of(hand).worker_options)
                 return
             if isinstance(message, wire.Ready):
                 hand.ready = message

@@ -134,9 +134,7 @@ def _blocking(machine: Machine) -> list[dict[str, Any]]:
         booting = [w for w in change.replacements if machine.workers[w].strength is Strength.BOOTING]
         return [{"worker": worker, "reason": "not ready yet"} for worker in booting[:BLOCKING_SHOWN]]
     entries = [machine.ledger.entries[c] for c in list(change.open)[:BLOCKING_SHOWN] if c in machine.ledger.entries]
-    return [
-        {"connection": e.cookie, "worker": e.owner, "reason": e.standing.value} for e in entries
-    ]
+    return [{"connection": e.cookie, "worker": e.owner, "reason": e.standing.value} for e in entries]
 
 
 def connection_object(entry: Entry, machine: Machine, listener: str, peer: str | None) -> dict[str, Any]:

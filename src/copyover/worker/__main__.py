@@ -41,9 +41,7 @@ def main() -> None:
         worker, instance = int(os.environ["COPYOVER_WORKER"]), os.environ["COPYOVER_INSTANCE"]
     except (KeyError, ValueError, OSError):
         sys.exit("copyover.worker is started by a holder; start that one with: copyover run module:attribute")
-    logging.basicConfig(
-        level=logging.INFO, format=f"%(asctime)s %(levelname)s %(name)s worker={worker} %(message)s"
-    )
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s %(levelname)s %(name)s worker={worker} %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the holder's business
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     channel.send(_hello(worker, instance))

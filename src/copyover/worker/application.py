@@ -121,7 +121,9 @@ def _not_json(value: object, path: str) -> str | None:
             if wrong is not None:
                 return wrong
         return None
-    return f"{path} is of type {kind.__name__}, which does not serialise as JSON: give the Application encode and decode"
+    return (
+        f"{path} is of type {kind.__name__}, which does not serialise as JSON: give the Application encode and decode"
+    )
 
 
 def load(spec: str, app_dir: str) -> Application[Any]:
