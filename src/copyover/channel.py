@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Self
 
 import attrs
 
-from copyover import wire
+from copyover import messages, wire
 from copyover.errors import ChannelClosed, TruncatedPacket, WireError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ MAX_PACKET_BYTES = 64 << 10  # larger bodies travel in a memfd
 _BUFFER_BYTES = 4 << 20  # the default queues 13 packets of 16 KiB
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _MFD_NOEXEC_SEAL = 8  # Linux 6.3; older kernels answer EINVAL. memfd_create(2)
-_ANCILLARY_BYTES = socket.CMSG_SPACE((wire.MAX_DESCRIPTORS + 1) * array.array("i").itemsize)
+_ANCILLARY_BYTES = socket.CMSG_SPACE((messages.MAX_DESCRIPTORS + 1) * array.array("i").itemsize)
 # ETOOMANYREFS: more descriptors of this user are in flight than its soft NOFILE. unix(7)
 _BACK_PRESSURE = frozenset({errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS})
 
@@ -44,7 +44,7 @@ class Packet:
     The receiver owns the descriptors until it takes them: use the packet in a ``with`` block.
     """
 
-    message: wire.Message
+    message: messages.Message
     descriptors: list[int]
 
     def take(self) -> list[int]:
@@ -98,7 +98,7 @@ class Channel:
 
     def send(
         self,
-        message: wire.Message,
+        message: messages.Message,
         descriptors: Sequence[int] = (),
         on_sent: Callable[[], None] | None = None,
     ) -> None:

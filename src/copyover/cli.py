@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from copyover import config as configs
-from copyover import directory as directories
 from copyover import console
+from copyover import directory as directories
 from copyover.errors import ConfigError, CopyoverError, HolderAbsent
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from copyover.errors import IllegalEvent
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from copyover.wire import Record
+    from copyover.messages import Record
 
 
 class Standing(enum.Enum):
@@ -150,12 +150,6 @@ class Ledger:
     def stage(self, cookie: int, worker: int) -> None:
         self.entries[cookie].moving.staged_in = worker
 
-    def unstage(self, cookie: int) -> int:
-        """Return the worker that is to drop its paused copy, 0 if there is none."""
-        entry = self.entries[cookie]
-        worker, entry.moving.staged_in = entry.moving.staged_in, 0
-        return worker
-
     def freeze(self, cookie: int) -> int:
         """Return the epoch at which its owner is asked to stop."""
         entry = self._owned_by(self.entries[cookie].owner, cookie, Standing.SERVED, Standing.THAWING)
@@ -228,6 +222,24 @@ class Ledger:
     def begin(self) -> None:
         """A move begins: note who ends."""
         self.is_moving = True
+
+    def forget_others(self, cookie: int) -> list[int]:
+        """It stays with its owner: return the workers that are to drop their copies."""
+        entry = self.entries[cookie]
+        passage = entry.moving
+        others = [worker for worker in (passage.staged_in, passage.origin) if worker not in (0, entry.owner)]
+        passage.staged_in = passage.origin = 0
+        return list(dict.fromkeys(others))
+
+    def forget_copies(self, worker: int) -> None:
+        """The worker is dead: nothing is staged in it, and no coroutine of it waits."""
+        for entry in self.entries.values():
+            passage = entry.passage
+            if passage is not None:
+                if passage.staged_in == worker:
+                    passage.staged_in = 0
+                if passage.origin == worker:
+                    passage.origin = 0
 
     def settle(self) -> None:
         """The move is over: forget records, origins and tombstones."""

@@ -15,8 +15,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import copyover
-from copyover import channel, process, wire
-from copyover.errors import ChannelClosed, ChangeRefused, WireError
+from copyover import channel, messages, process, wire
+from copyover.errors import ChangeRefused, ChannelClosed, WireError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,8 +65,8 @@ class Hand:
         self.generation = generation
         self.release = release
         self.started_s = time.monotonic()
-        self.hello: wire.Hello | None = None
-        self.ready: wire.Ready | None = None
+        self.hello: messages.Hello | None = None
+        self.ready: messages.Ready | None = None
         ours, theirs = channel.pair()
         read_end, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         os.set_blocking(write_end, True)
@@ -100,7 +100,7 @@ class Hand:
     def pid(self) -> int:
         return self.child.pid
 
-    def welcome(self, hello: wire.Hello, listeners: Sequence[Listener], options: dict[str, Any]) -> None:
+    def welcome(self, hello: messages.Hello, listeners: Sequence[Listener], options: dict[str, Any]) -> None:
         """
         Answer its hello with what it is to run.
 
@@ -118,7 +118,7 @@ class Hand:
         self.hello = hello
         self.channel.version = version
         self.channel.send(
-            wire.Welcome(
+            messages.Welcome(
                 wire=version,
                 generation=self.generation,
                 names=[listener.name for listener in listeners],

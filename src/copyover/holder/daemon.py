@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, assert_never
 import attrs
 
 from copyover import config as configs
-from copyover import process, reload, wire
-from copyover.errors import ChannelClosed, ChangeRefused, CopyoverError, IllegalEvent, UsageError, WireError
+from copyover import events, messages, process, reload
+from copyover.errors import ChangeRefused, ChannelClosed, CopyoverError, IllegalEvent, UsageError, WireError
 from copyover.holder import control, crew, report
 from copyover.release import Release, pin
 from copyover.sockets import cookie_of_descriptor, reset
@@ -67,7 +67,7 @@ class Daemon:
         self._listeners = listeners
         self._machine = reload.Machine(capacity=max(descriptor_limit - RESERVED_DESCRIPTORS, 1))
         self._selector = selectors.DefaultSelector()
-        self._events: collections.deque[reload.Event] = collections.deque()
+        self._events: collections.deque[events.Event] = collections.deque()
         self._timers: dict[str, tuple[float, Callable[[], None]]] = {}
         self._hands: dict[int, crew.Hand] = {}
         self._generations: dict[int, _Generation] = {}
@@ -122,11 +122,11 @@ class Daemon:
             return None
         return max(min(deadline_s for deadline_s, _ in self._timers.values()) - time.monotonic(), 0.0)
 
-    def _watch(self, fileobj: Any, callback: Callable[[], None], events: int = selectors.EVENT_READ) -> None:
+    def _watch(self, fileobj: Any, callback: Callable[[], None], mask: int = selectors.EVENT_READ) -> None:
         if fileobj in self._selector.get_map():
-            self._selector.modify(fileobj, events, callback)
+            self._selector.modify(fileobj, mask, callback)
         else:
-            self._selector.register(fileobj, events, callback)
+            self._selector.register(fileobj, mask, callback)
 
     def _unwatch(self, fileobj: Any) -> None:
         if fileobj in self._selector.get_map():
@@ -158,7 +158,7 @@ class Daemon:
 
     def _stop(self) -> None:
         crew.notify("STOPPING=1")
-        self._events.append(reload.StopAsked(self._config.stop_timeout_s))
+        self._events.append(events.StopAsked(self._config.stop_timeout_s))
 
     # ---- events and effects
 
@@ -175,48 +175,48 @@ class Daemon:
             for number in self._waiting:
                 self._reply(number, {"progress": report.progress(self._machine)})
 
-    def _handle(self, event: reload.Event) -> None:
+    def _handle(self, event: events.Event) -> None:
         for effect in self._machine.handle(event, time.monotonic()):
             self._perform(effect)
 
-    def _refuse_event(self, event: reload.Event, problem: IllegalEvent) -> None:
+    def _refuse_event(self, event: events.Event, problem: IllegalEvent) -> None:
         """A worker that breaks the protocol is killed: its word cannot be trusted for any connection."""
         log.error("event=refused problem=%r", str(problem))
-        if isinstance(event, reload.FromWorker):
+        if isinstance(event, events.FromWorker):
             for descriptor in event.descriptors:
                 os.close(descriptor)
-            self._machine.counters["protocol_errors"] += 1
+            self._machine.holdings.counters["protocol_errors"] += 1
             if event.worker in self._hands:
                 self._hands[event.worker].child.kill()
 
-    def _perform(self, effect: reload.Effect) -> None:
+    def _perform(self, effect: events.Effect) -> None:
         match effect:
-            case reload.Send(worker, message, descriptors):
+            case events.Send(worker, message, descriptors):
                 self._send(worker, message, descriptors)
-            case reload.Spawn(worker, generation, after_s):
+            case events.Spawn(worker, generation, after_s):
                 self._set_timer(f"spawn {worker}", after_s, lambda: self._spawn(worker, generation))
-            case reload.Kill(worker):
+            case events.Kill(worker):
                 self._kill(worker)
-            case reload.Close(descriptor):
+            case events.Close(descriptor):
                 os.close(descriptor)
-            case reload.Reset(descriptor):
+            case events.Reset(descriptor):
                 _reset(descriptor)
-            case reload.SetTimer(name, None):
+            case events.SetTimer(name, None):
                 self._timers.pop(name, None)
-            case reload.SetTimer(name, float() | int() as after_s):
-                self._set_timer(name, after_s, lambda: self._events.append(reload.TimerFired(name)))
-            case reload.Note(name, fields):
+            case events.SetTimer(name, float() | int() as after_s):
+                self._set_timer(name, after_s, lambda: self._events.append(events.TimerFired(name)))
+            case events.Note(name, fields):
                 log.info("event=%s %s", name, " ".join(f"{key}={_value(value)}" for key, value in fields.items()))
-            case reload.Finished(asker, result):
+            case events.Finished(asker, result):
                 self._finished(asker, result)
-            case reload.AskAgain():
+            case events.AskAgain():
                 self._ask_reload(_SIGNAL)
-            case reload.SetTimer():
+            case events.SetTimer():
                 raise AssertionError(effect)
             case _:
                 assert_never(effect)
 
-    def _send(self, worker: int, message: wire.Message, descriptors: tuple[int, ...]) -> None:
+    def _send(self, worker: int, message: messages.Message, descriptors: tuple[int, ...]) -> None:
         hand = self._hands.get(worker)
         if hand is not None:
             with contextlib.suppress(ChannelClosed):  # it is dying; its pidfd tells
@@ -232,7 +232,7 @@ class Daemon:
             hand = crew.Hand(worker, generation, self._generations[generation].release, self._environment)
         except (CopyoverError, OSError) as problem:
             log.error("event=not-started worker=%d problem=%r", worker, str(problem))  # noqa: TRY400  # a sentence
-            self._events.append(reload.Died(worker, str(problem)))
+            self._events.append(events.Died(worker, str(problem)))
             return
         self._hands[worker] = hand
         self._watch(hand.child, lambda: self._bury(hand))
@@ -243,14 +243,14 @@ class Daemon:
         log.info("event=started worker=%d pid=%d generation=%d", worker, hand.pid, generation)
 
     def _watch_channel(self, hand: crew.Hand, *, is_full: bool) -> None:
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if is_full else 0)
-        self._watch(hand.channel, lambda: self._receive(hand), events)
+        mask = selectors.EVENT_READ | (selectors.EVENT_WRITE if is_full else 0)
+        self._watch(hand.channel, lambda: self._receive(hand), mask)
 
     def _kill(self, worker: int) -> None:
         if worker in self._hands:
             self._hands[worker].child.kill()
         elif self._timers.pop(f"spawn {worker}", None) is not None:
-            self._events.append(reload.Died(worker, "was not started any more"))
+            self._events.append(events.Died(worker, "was not started any more"))
 
     def _receive(self, hand: crew.Hand) -> None:
         try:
@@ -265,8 +265,8 @@ class Daemon:
             self._unwatch(hand.channel)  # not its death: that is for the pidfd to say
         except (WireError, ChangeRefused) as problem:
             log.error("event=refused worker=%d problem=%r", hand.worker, str(problem))  # noqa: TRY400  # a sentence
-            self._machine.counters["protocol_errors"] += 1
-            self._events.append(reload.FromWorker(hand.worker, wire.Failed(reason=str(problem), status=3)))
+            self._machine.holdings.counters["protocol_errors"] += 1
+            self._events.append(events.FromWorker(hand.worker, messages.Failed(reason=str(problem), status=3)))
             self._unwatch(hand.channel)
             hand.child.kill()
 
@@ -274,13 +274,15 @@ class Daemon:
         with packet:
             message = packet.message
             if hand.hello is None:
-                hand.welcome(wire.expect(message, wire.Hello), self._listeners, self._config_of(hand).worker_options)
+                hand.welcome(
+                    messages.expect(message, messages.Hello), self._listeners, self._config_of(hand).worker_options
+                )
                 return
-            if isinstance(message, wire.Ready):
+            if isinstance(message, messages.Ready):
                 hand.ready = message
-            if isinstance(message, wire.Lend):
+            if isinstance(message, messages.Lend):
                 _check_cookies(message, packet.descriptors)
-            self._events.append(reload.FromWorker(hand.worker, message, packet.take()))
+            self._events.append(events.FromWorker(hand.worker, message, packet.take()))
 
     def _config_of(self, hand: crew.Hand) -> Config:
         return self._generations[hand.generation].config
@@ -303,7 +305,7 @@ class Daemon:
         self._drain_tail(hand)
         self._generations[hand.generation].last_words = list(hand.lines)
         words = hand.in_words(how)
-        self._events.append(reload.Died(hand.worker, words))
+        self._events.append(events.Died(hand.worker, words))
         self._settle()
         if hand.tail is not None:
             self._unwatch(hand.tail)
@@ -336,7 +338,7 @@ class Daemon:
             self._newest = generation
             self._generations[generation] = _Generation(release, config)
         self._events.append(
-            reload.Reload(
+            events.Reload(
                 asker=asker,
                 generation=generation,
                 workers=config.workers,
@@ -358,15 +360,15 @@ class Daemon:
         return attrs.evolve(config, **wishes)
 
     def _refuse_reload(self, asker: int, problem: CopyoverError) -> None:
-        serving = self._machine.generation
-        result = reload.Result(
-            reload.Outcome.REFUSED, serving, serving, serving, error=str(problem), status=problem.exit_code
+        serving = self._machine.holdings.generation
+        result = events.Result(
+            events.Outcome.REFUSED, serving, serving, serving, error=str(problem), status=problem.exit_code
         )
         self._finished(asker, result)
 
-    def _finished(self, asker: int, result: reload.Result) -> None:
+    def _finished(self, asker: int, result: events.Result) -> None:
         tail: list[str] = []
-        if result.outcome is not reload.Outcome.DONE and result.outcome is not reload.Outcome.BUSY:
+        if result.outcome is not events.Outcome.DONE and result.outcome is not events.Outcome.BUSY:
             for hand in self._hands.values():
                 if hand.generation == result.to_generation and hand.ready is None:
                     self._drain_tail(hand)
@@ -374,9 +376,9 @@ class Daemon:
             if result.to_generation in self._generations and result.to_generation != result.serving_generation:
                 tail = self._generations[result.to_generation].last_words
         answer = report.result_object(result, self._hands, tail)
-        if result.outcome is not reload.Outcome.BUSY:
+        if result.outcome is not events.Outcome.BUSY:
             self._last_reload = answer
-        if result.outcome is reload.Outcome.DONE:
+        if result.outcome is events.Outcome.DONE:
             self._config = self._generations[result.to_generation].config
             self._forget_generations()
         if asker == _BOOT:
@@ -393,8 +395,8 @@ class Daemon:
         alive = {hand.generation for hand in self._hands.values()} | {self._newest}
         self._generations = {number: kept for number, kept in self._generations.items() if number in alive}
 
-    def _booted(self, result: reload.Result, answer: dict[str, Any]) -> None:
-        if result.outcome is reload.Outcome.DONE:
+    def _booted(self, result: events.Result, answer: dict[str, Any]) -> None:
+        if result.outcome is events.Outcome.DONE:
             where = ",".join(listener.url for listener in self._listeners)
             print(f"ready name={self._config.name} pid={os.getpid()} listen={where}", flush=True)  # noqa: T201
             crew.notify("READY=1")
@@ -416,7 +418,7 @@ class Daemon:
         caller = control.Caller(sock, number)
         self._callers[number] = caller
         if not caller.is_permitted:
-            self._machine.counters["denied"] += 1
+            self._machine.holdings.counters["denied"] += 1
             sentence = "only the holder's own user and root may command it"
             self._reply(number, {"denied": sentence}, is_last=True)
             return
@@ -516,7 +518,7 @@ class Daemon:
             caller.close()
 
 
-def _check_cookies(message: wire.Lend, descriptors: Sequence[int]) -> None:
+def _check_cookies(message: messages.Lend, descriptors: Sequence[int]) -> None:
     """A lent descriptor must be the connection that it is said to be."""
     for cookie, descriptor in zip(message.cookie, descriptors, strict=True):
         try:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from copyover.events import Outcome, Result
+from copyover.holdings import Strength
 from copyover.ledger import Standing
-from copyover.reload import Machine, Outcome, Phase, Result, Strength
+from copyover.reload import Machine, Phase
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -75,8 +77,8 @@ def progress(machine: Machine) -> dict[str, Any]:
     change = machine.change
     return {
         "phase": machine.phase.value,
-        "moved": change.moved if change else 0,
-        "open": len(change.open) if change else 0,
+        "moved": change.move.moved if change else 0,
+        "open": len(change.move.open) if change else 0,
     }
 
 
@@ -84,7 +86,7 @@ def status(machine: Machine, hands: Mapping[int, Hand], *, now_s: float, deadlin
     """Return the part of ``status --json`` that the machine knows."""
     owned = machine.ledger.owned
     return {
-        "generation": machine.generation,
+        "generation": machine.holdings.generation,
         "phase": {
             "name": machine.phase.value,
             "deadline_in_s": None if deadline_s is None else round(max(deadline_s - now_s, 0.0), 3),
@@ -105,23 +107,23 @@ def status(machine: Machine, hands: Mapping[int, Hand], *, now_s: float, deadlin
                 else None,
                 "connections": owned[worker.id],
             }
-            for worker in machine.workers.values()
+            for worker in machine.holdings.workers.values()
         ],
         "connections": {
             "live": len(machine.ledger),
             "parked": sum(entry.standing is Standing.PARKED for entry in machine.ledger.entries.values())
             if machine.phase is not Phase.SERVING
             else 0,
-            "kept": len(machine.kept),
+            "kept": len(machine.holdings.kept),
         },
-        "counters": dict(sorted(machine.counters.items())),
+        "counters": dict(sorted(machine.holdings.counters.items())),
     }
 
 
 def is_serving(machine: Machine) -> bool:
     return any(
-        worker.strength is Strength.READY and worker.generation == machine.generation
-        for worker in machine.workers.values()
+        worker.strength is Strength.READY and worker.generation == machine.holdings.generation
+        for worker in machine.holdings.workers.values()
     )
 
 
@@ -131,15 +133,17 @@ def _blocking(machine: Machine) -> list[dict[str, Any]]:
     if change is None:
         return []
     if machine.phase is Phase.BOOTING:
-        booting = [w for w in change.replacements if machine.workers[w].strength is Strength.BOOTING]
+        booting = [w for w in change.move.replacements if machine.holdings.workers[w].strength is Strength.BOOTING]
         return [{"worker": worker, "reason": "not ready yet"} for worker in booting[:BLOCKING_SHOWN]]
-    entries = [machine.ledger.entries[c] for c in list(change.open)[:BLOCKING_SHOWN] if c in machine.ledger.entries]
+    entries = [
+        machine.ledger.entries[c] for c in list(change.move.open)[:BLOCKING_SHOWN] if c in machine.ledger.entries
+    ]
     return [{"connection": e.cookie, "worker": e.owner, "reason": e.standing.value} for e in entries]
 
 
 def connection_object(entry: Entry, machine: Machine, listener: str, peer: str | None) -> dict[str, Any]:
     """Return one row of ``connections --json``."""
-    worker = machine.workers.get(entry.owner)
+    worker = machine.holdings.workers.get(entry.owner)
     return {
         "connection": entry.cookie,
         "listener": listener,
@@ -147,5 +151,5 @@ def connection_object(entry: Entry, machine: Machine, listener: str, peer: str |
         "worker": entry.owner,
         "generation": worker.generation if worker else None,
         "state": entry.standing.value,
-        "kept": machine.kept.get(entry.cookie),
+        "kept": machine.holdings.kept.get(entry.cookie),
     }

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 import copyover
-from copyover import wire
+from copyover import messages, wire
 from copyover.channel import Channel
 from copyover.errors import CopyoverError, StartupFailed, WireError
 from copyover.worker.application import load
@@ -68,7 +68,7 @@ async def _serve(
     channel: Channel,
     application: Application[Any],
     listeners: list[tuple[str, socket.socket]],
-    welcome: wire.Welcome,
+    welcome: messages.Welcome,
     loop_name: str,
     stderr: int,
 ) -> None:
@@ -80,7 +80,7 @@ async def _serve(
     runtime = Runtime(asyncio.get_running_loop(), channel, application, listeners, _limits(welcome.options))
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, runtime.terminate)
     runtime.send(
-        wire.Ready(
+        messages.Ready(
             application=welcome.application,
             loop=loop_name,
             writes=application.schema,
@@ -106,8 +106,8 @@ def _inherited_socket(name: str) -> socket.socket:
     return socket.socket(fileno=_inherited(name))
 
 
-def _hello(worker: int, instance: str) -> wire.Hello:
-    return wire.Hello(
+def _hello(worker: int, instance: str) -> messages.Hello:
+    return messages.Hello(
         wire=list(wire.WIRE_VERSIONS),
         record=list(wire.RECORD_VERSIONS),
         copyover=copyover.__version__,
@@ -118,12 +118,12 @@ def _hello(worker: int, instance: str) -> wire.Hello:
     )
 
 
-def _await_welcome(channel: Channel) -> tuple[wire.Welcome, list[int]]:
+def _await_welcome(channel: Channel) -> tuple[messages.Welcome, list[int]]:
     poll = select.poll()
     poll.register(channel.fileno(), select.POLLIN)
     poll.poll()
     packet = channel.receive()
-    welcome = wire.expect(packet.message, wire.Welcome)
+    welcome = messages.expect(packet.message, messages.Welcome)
     channel.version = welcome.wire
     return welcome, packet.take()
 
@@ -152,7 +152,7 @@ def _fail(channel: Channel, problem: CopyoverError, cause: BaseException | None 
     cause = cause or problem.__cause__
     if isinstance(problem, StartupFailed) and cause is not None:
         log.error("%s", problem, exc_info=cause)
-    channel.send(wire.Failed(reason=str(problem), status=problem.exit_code))
+    channel.send(messages.Failed(reason=str(problem), status=problem.exit_code))
     leave(problem.exit_code)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from copyover import wire
+from copyover import messages
 from copyover.errors import IllegalEvent
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Seat:
 class Send:
     """*cookies* names the descriptors that go along."""
 
-    message: wire.Message
+    message: messages.Message
     cookies: tuple[int, ...] = ()
 
 
@@ -94,7 +94,7 @@ class Restore:
     """Give these their records, or with UNSERVED wake their own; answer with ``restored``."""
 
     cookies: tuple[int, ...]
-    records: tuple[wire.Record, ...]
+    records: tuple[messages.Record, ...]
 
 
 @attrs.frozen
@@ -189,7 +189,7 @@ class Agent:
         self._waiting: dict[int, list[int]] = {}  # by batch: those that were asked to stop
         self._thawed: dict[int, Seat] = {}
 
-    def handle(self, message: wire.Message, now_ns: int = 0) -> list[Effect]:
+    def handle(self, message: messages.Message, now_ns: int = 0) -> list[Effect]:
         """
         Take one message of the holder at CLOCK_MONOTONIC *now_ns*.
 
@@ -210,29 +210,29 @@ class Agent:
             self.seats[cookie] = Seat(Standing.SERVING)
         self.unacked.extend(cookies)
         return [
-            Send(wire.Lend(cookie=tuple(chunk), listener=(listener,) * len(chunk)), tuple(chunk))
-            for chunk in _chunks(cookies, wire.MAX_DESCRIPTORS)
+            Send(messages.Lend(cookie=tuple(chunk), listener=(listener,) * len(chunk)), tuple(chunk))
+            for chunk in _chunks(cookies, messages.MAX_DESCRIPTORS)
         ]
 
-    def ended(self, hows: Mapping[int, wire.How]) -> list[Effect]:
+    def ended(self, hows: Mapping[int, messages.How]) -> list[Effect]:
         """Tell the holder which connections ended; to a freeze under way this is the answer."""
         ended = [(cookie, self.seats.pop(cookie), how) for cookie, how in hows.items() if cookie in self.seats]
         effects: list[Effect] = [
             Send(
-                wire.Release(
+                messages.Release(
                     cookie=tuple([cookie for cookie, _, _ in chunk]),
                     epoch=tuple([seat.epoch for _, seat, _ in chunk]),
                     how=tuple([how for _, _, how in chunk]),
                 )
             )
-            for chunk in _chunks(ended, wire.MAX_ROWS)
+            for chunk in _chunks(ended, messages.MAX_ROWS)
         ]
         if self._gathering is not None:
             self._gathering.difference_update(hows)
             effects += self._close_cut_if_all_stopped()
         return effects
 
-    def _lend_ack(self, message: wire.LendAck, _: int) -> list[Effect]:
+    def _lend_ack(self, message: messages.LendAck, _: int) -> list[Effect]:
         if not 0 <= message.total - self._acked <= len(self.unacked):
             raise IllegalEvent(f"{message.total} lends acknowledged, {self._acked} were before")
         for _ in range(message.total - self._acked):
@@ -240,25 +240,25 @@ class Agent:
         self._acked = message.total
         return []
 
-    def _accept_on(self, _message: wire.AcceptOn, _: int) -> list[Effect]:
+    def _accept_on(self, _message: messages.AcceptOn, _: int) -> list[Effect]:
         return [Accept(is_on=True)]
 
-    def _accept_off(self, message: wire.AcceptOff, _: int) -> list[Effect]:
+    def _accept_off(self, message: messages.AcceptOff, _: int) -> list[Effect]:
         begins: list[Effect] = [MoveBegins()] if message.moving else []
-        return [*begins, Accept(is_on=False), Send(wire.AcceptOffAck())]
+        return [*begins, Accept(is_on=False), Send(messages.AcceptOffAck())]
 
     # ---- staging
 
-    def _stage(self, message: wire.Stage, _: int) -> list[Effect]:
+    def _stage(self, message: messages.Stage, _: int) -> list[Effect]:
         for cookie in message.cookie:
             if cookie in self.seats:
                 raise IllegalEvent(f"connection {cookie} is staged where it is {self.seats[cookie].standing.value}")
             self.seats[cookie] = Seat(Standing.STAGED)
         begins: list[Effect] = [MoveBegins()] if self._staged == 0 else []
         self._staged += message.rows
-        return [*begins, Build(message.cookie, message.listener), Send(wire.Staged(total=self._staged))]
+        return [*begins, Build(message.cookie, message.listener), Send(messages.Staged(total=self._staged))]
 
-    def _drop(self, message: wire.Drop, _: int) -> list[Effect]:
+    def _drop(self, message: messages.Drop, _: int) -> list[Effect]:
         gone = []
         for cookie in message.cookie:
             seat = self.seats.get(cookie)
@@ -272,7 +272,7 @@ class Agent:
 
     # ---- freezing
 
-    def _freeze(self, message: wire.Freeze, _: int) -> list[Effect]:
+    def _freeze(self, message: messages.Freeze, _: int) -> list[Effect]:
         is_cut = message.gather_ms > 0
         running, thawed = [], []
         for cookie, epoch in zip(message.cookie, message.epoch, strict=True):
@@ -298,7 +298,7 @@ class Agent:
             return effects + self._gather(message, running)
         return [*effects, Halt(message.batch, tuple(running))]
 
-    def _gather(self, message: wire.Freeze, running: list[int]) -> list[Effect]:
+    def _gather(self, message: messages.Freeze, running: list[int]) -> list[Effect]:
         effects: list[Effect] = []
         if self._gathering is None:
             self._gathering = set()
@@ -330,7 +330,7 @@ class Agent:
         if alone or (batch and self._gathering is None):
             effects.append(Export(batch, tuple(alone), is_cut=False))
         elif batch:
-            effects.append(Send(wire.Frozen(batch=batch)))
+            effects.append(Send(messages.Frozen(batch=batch)))
         return effects + self._close_cut_if_all_stopped()
 
     def _close_cut_if_all_stopped(self) -> list[Effect]:
@@ -344,7 +344,7 @@ class Agent:
     def exported(
         self,
         asked: Export,
-        records: Mapping[int, wire.Record],
+        records: Mapping[int, messages.Record],
         refusals: Mapping[int, str],
         shared: bytes | None = None,
     ) -> list[Effect]:
@@ -354,20 +354,20 @@ class Agent:
             seat.standing = Standing.FROZEN
         effects: list[Effect] = [
             Send(
-                wire.Frozen(
+                messages.Frozen(
                     batch=asked.batch if first else 0,
                     cookie=tuple([cookie for cookie, _, _ in chunk]),
                     epoch=tuple([seat.epoch for _, _, seat in chunk]),
-                    **wire.record_columns([record for _, record, _ in chunk]),
+                    **messages.record_columns([record for _, record, _ in chunk]),
                 )
             )
-            for first, chunk in _marked(_chunks(rows, wire.MAX_DESCRIPTORS))
+            for first, chunk in _marked(_chunks(rows, messages.MAX_DESCRIPTORS))
         ]
         if asked.batch and not effects:
-            effects.append(Send(wire.Frozen(batch=asked.batch)))
+            effects.append(Send(messages.Frozen(batch=asked.batch)))
         effects += self._refuse(refusals)
         if asked.is_cut:
-            effects.append(Send(wire.Gathered(shared=() if shared is None else (shared,))))
+            effects.append(Send(messages.Gathered(shared=() if shared is None else (shared,))))
         return effects
 
     def withdrawn(self, reasons: Mapping[int, str]) -> list[Effect]:
@@ -380,13 +380,13 @@ class Agent:
             seat.standing = Standing.SERVING
         return [
             Send(
-                wire.Refused(
+                messages.Refused(
                     cookie=tuple([cookie for cookie, _, _ in chunk]),
                     epoch=tuple([seat.epoch for _, seat, _ in chunk]),
                     reason=tuple([reason.encode() for _, _, reason in chunk]),
                 )
             )
-            for chunk in _chunks(rows, wire.MAX_ROWS)
+            for chunk in _chunks(rows, messages.MAX_ROWS)
         ]
 
     def timer(self, name: str) -> list[Effect]:
@@ -406,7 +406,7 @@ class Agent:
 
     # ---- thawing
 
-    def _thaw(self, message: wire.Thaw, _: int) -> list[Effect]:
+    def _thaw(self, message: messages.Thaw, _: int) -> list[Effect]:
         records = tuple(message.records())
         for cookie, epoch in zip(message.cookie, message.epoch, strict=True):
             seat = self.seats.get(cookie)
@@ -415,7 +415,7 @@ class Agent:
         for cookie, epoch, record in zip(message.cookie, message.epoch, records, strict=True):
             seat = self.seats[cookie]
             seat.standing, seat.epoch, seat.halted_ns = Standing.THAWED, epoch, record.halted_ns
-            seat.is_cut = bool(record.flags & wire.RecordFlag.CUT)
+            seat.is_cut = bool(record.flags & messages.RecordFlag.CUT)
             self._thawed[cookie] = seat
         return [Restore(message.cookie, records)]
 
@@ -428,14 +428,14 @@ class Agent:
             del self.seats[cookie], self._thawed[cookie]
         return [*effects, Discard(tuple(failures))]
 
-    def _enter(self, message: wire.Enter, now_ns: int) -> list[Effect]:
+    def _enter(self, message: messages.Enter, now_ns: int) -> list[Effect]:
         thawed = [(cookie, seat) for cookie, seat in self._thawed.items() if seat.is_cut == message.cut]
         effects: list[Effect] = [ImportShared(message.shared)] if message.shared else []
-        for chunk in _chunks(thawed, wire.MAX_ROWS):
+        for chunk in _chunks(thawed, messages.MAX_ROWS):
             pauses = [min(max(now_ns - seat.halted_ns, 0) // 1000, 0xFFFFFFFF) for _, seat in chunk]
             epochs = [seat.epoch for _, seat in chunk]
             cookies = tuple([cookie for cookie, _ in chunk])
-            effects.append(Send(wire.Adopted(cookie=cookies, epoch=tuple(epochs), pause_us=tuple(pauses))))
+            effects.append(Send(messages.Adopted(cookie=cookies, epoch=tuple(epochs), pause_us=tuple(pauses))))
         for cookie, seat in thawed:
             seat.standing = Standing.SERVING
             del self._thawed[cookie]
@@ -443,10 +443,10 @@ class Agent:
 
     # ---- the end of a move, the end of the worker
 
-    def _commit(self, message: wire.Commit, _: int) -> list[Effect]:
+    def _commit(self, message: messages.Commit, _: int) -> list[Effect]:
         return [*self._forget_copies(), MoveEnds(), Retire(message.drain_ms / 1000)]
 
-    def _move_over(self, _message: wire.MoveOver, _: int) -> list[Effect]:
+    def _move_over(self, _message: messages.MoveOver, _: int) -> list[Effect]:
         return [*self._forget_copies(), MoveEnds()]
 
     def _forget_copies(self) -> list[Effect]:
@@ -456,7 +456,7 @@ class Agent:
             del self.seats[cookie]
         return [Discard(gone)] if gone else []
 
-    def _stop(self, message: wire.Stop, _: int) -> list[Effect]:
+    def _stop(self, message: messages.Stop, _: int) -> list[Effect]:
         return [Accept(is_on=False), StopServing(message.drain_ms / 1000)]
 
 
@@ -468,16 +468,16 @@ def _marked(chunks: Iterable[Sequence[Any]]) -> Iterable[tuple[bool, Sequence[An
     return ((place == 0, chunk) for place, chunk in enumerate(chunks))
 
 
-_TRANSITIONS: dict[type[wire.Message], Callable[[Agent, Any, int], list[Effect]]] = {
-    wire.LendAck: Agent._lend_ack,
-    wire.AcceptOn: Agent._accept_on,
-    wire.AcceptOff: Agent._accept_off,
-    wire.Stage: Agent._stage,
-    wire.Drop: Agent._drop,
-    wire.Freeze: Agent._freeze,
-    wire.Thaw: Agent._thaw,
-    wire.Enter: Agent._enter,
-    wire.Commit: Agent._commit,
-    wire.MoveOver: Agent._move_over,
-    wire.Stop: Agent._stop,
+_TRANSITIONS: dict[type[messages.Message], Callable[[Agent, Any, int], list[Effect]]] = {
+    messages.LendAck: Agent._lend_ack,
+    messages.AcceptOn: Agent._accept_on,
+    messages.AcceptOff: Agent._accept_off,
+    messages.Stage: Agent._stage,
+    messages.Drop: Agent._drop,
+    messages.Freeze: Agent._freeze,
+    messages.Thaw: Agent._thaw,
+    messages.Enter: Agent._enter,
+    messages.Commit: Agent._commit,
+    messages.MoveOver: Agent._move_over,
+    messages.Stop: Agent._stop,
 }

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import attrs
 
 from copyover.errors import ConnectionClosed, CopyoverError, LimitExceeded, Moved
-from copyover.wire import Record, RecordFlag
+from copyover.messages import Record, RecordFlag
 from copyover.worker.transport import Phase
 
 if TYPE_CHECKING:
@@ -481,7 +481,7 @@ class Connection(Generic[S]):
         self._stopping = True
         self._wake()
 
-    def export(self, *, kind: int, schema: int, state: bytes) -> Record:
+    def export(self, *, schema: int, state: bytes, is_cut: bool) -> Record:
         """
         Take its record; from here it is inert.
 
@@ -490,7 +490,7 @@ class Connection(Generic[S]):
 
         """
         transport = self._transport
-        flags = RecordFlag(0)
+        flags = RecordFlag.CUT if is_cut else RecordFlag(0)
         if transport.phase is not Phase.OPEN:
             flags |= RecordFlag.FINISHED
         if transport.phase is Phase.LINGERING:
@@ -500,7 +500,7 @@ class Connection(Generic[S]):
             raise CannotFreeze(f"its record of {size} bytes is over the quota of {self._limits.record_bytes}")
         self._course = Course.FROZEN
         return Record(
-            kind=kind,
+            kind=0,
             flags=int(flags),
             schema=schema,
             received=transport.received,

@@ -18,7 +18,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, assert_never
 
-from copyover import wire
+from copyover import messages
 from copyover.errors import ChannelClosed, CopyoverError, LimitExceeded
 from copyover.sockets import cookie_of
 from copyover.worker import agent as agents
@@ -65,8 +65,8 @@ class Runtime:
         # Coroutines of connections that moved: destroyed, they would run their finally blocks.
         self._asleep: list[asyncio.Task[None]] = []
         self._incoming: list[int] = []
-        self._ended: dict[int, wire.How] = {}
-        self._how: wire.How | None = None  # what ends connections from outside, once this worker is leaving
+        self._ended: dict[int, messages.How] = {}
+        self._how: messages.How | None = None  # what ends connections from outside, once this worker is leaving
         self._is_accepting = False
         self._is_leaving = False
         self._exit: asyncio.Future[None] = loop.create_future()
@@ -99,7 +99,7 @@ class Runtime:
                 return
             with packet:
                 self._flush_ended()
-                self._incoming = packet.take() if isinstance(packet.message, wire.Stage) else []
+                self._incoming = packet.take() if isinstance(packet.message, messages.Stage) else []
                 self._perform(self._agent.handle(packet.message, time.monotonic_ns()))
 
     def _detach(self) -> None:
@@ -131,7 +131,7 @@ class Runtime:
             self._detach()
 
     def send(
-        self, message: wire.Message, descriptors: Sequence[int] = (), on_sent: Callable[[], None] | None = None
+        self, message: messages.Message, descriptors: Sequence[int] = (), on_sent: Callable[[], None] | None = None
     ) -> None:
         """Send to the holder; without one, it is as if it had been told."""
         if self._channel is not None:
@@ -190,8 +190,8 @@ class Runtime:
     def _timer_fired(self, name: str) -> None:
         self._perform(self._agent.timer(name))
 
-    def _send_effect(self, message: wire.Message, cookies: tuple[int, ...]) -> None:
-        if isinstance(message, wire.Lend):
+    def _send_effect(self, message: messages.Message, cookies: tuple[int, ...]) -> None:
+        if isinstance(message, messages.Lend):
             descriptors = [self._connections[cookie].transport.socket.fileno() for cookie in cookies]
             self.send(message, descriptors, on_sent=lambda: self._start_fresh(cookies))
         else:
@@ -273,13 +273,13 @@ class Runtime:
 
     def _closed(self, connection: Connection[Any]) -> None:
         transport = connection.transport
-        how = wire.How.CLOSED
+        how = messages.How.CLOSED
         if self._how is not None:
             how = self._how
         elif transport.was_aborted:
-            how = wire.How.ABORTED
+            how = messages.How.ABORTED
         elif transport.error is not None:
-            how = wire.How.RESET
+            how = messages.How.RESET
         self._connections.pop(connection.cookie, None)
         self._tasks.pop(connection.cookie, None)
         if not self._ended:
@@ -299,18 +299,18 @@ class Runtime:
         self._is_leaving = True
         self._is_accepting = False
         self._watch_listeners()
-        self._loop.call_later(drain_s, self._end_all, wire.How.EXPIRED)
+        self._loop.call_later(drain_s, self._end_all, messages.How.EXPIRED)
         self._leave_if_done()
 
     def _stop_serving(self, drain_s: float) -> None:
         self._is_leaving = True
-        self._how = wire.How.STOPPED
+        self._how = messages.How.STOPPED
         for connection in list(self._connections.values()):
             connection.stop()
-        self._loop.call_later(drain_s, self._end_all, wire.How.STOPPED)
+        self._loop.call_later(drain_s, self._end_all, messages.How.STOPPED)
         self._leave_if_done()
 
-    def _end_all(self, how: wire.How) -> None:
+    def _end_all(self, how: messages.How) -> None:
         self._how = how
         for connection in list(self._connections.values()):
             connection.transport.abort()
@@ -348,13 +348,13 @@ class Runtime:
         return reason
 
     def _export(self, asked: agents.Export) -> None:
-        records: dict[int, wire.Record] = {}
+        records: dict[int, messages.Record] = {}
         refusals: dict[int, str] = {}
         for cookie in asked.cookies:
             connection = self._connections[cookie]
             try:
                 state = self._application.encode_state(connection.state)
-                records[cookie] = connection.export(kind=0, schema=self._application.schema, state=state)
+                records[cookie] = connection.export(schema=self._application.schema, state=state, is_cut=asked.is_cut)
             except Exception as problem:
                 refusals[cookie] = _sentence(problem)
                 log.warning("connection=%d stays: %s", cookie, refusals[cookie])
@@ -371,7 +371,7 @@ class Runtime:
             return _BYTES_SHARED + shared if isinstance(shared, bytes) else _JSON_SHARED + json_bytes(shared, "shared")
         except Exception as problem:
             log.exception("export_shared failed")
-            self.send(wire.Failed(reason=f"the incumbent's export_shared: {_sentence(problem)}", status=3))
+            self.send(messages.Failed(reason=f"the incumbent's export_shared: {_sentence(problem)}", status=3))
             return None
 
     def _import_shared(self, shared: tuple[bytes, ...]) -> None:
@@ -383,13 +383,13 @@ class Runtime:
                 take(json.loads(part[1:]) if part[:1] == _JSON_SHARED else part[1:])
         except Exception as problem:
             log.exception("import_shared failed")
-            self.send(wire.Failed(reason=f"the replacement's import_shared: {_sentence(problem)}", status=3))
+            self.send(messages.Failed(reason=f"the replacement's import_shared: {_sentence(problem)}", status=3))
             leave(3)
 
-    def _restore(self, cookies: tuple[int, ...], records: tuple[wire.Record, ...]) -> None:
+    def _restore(self, cookies: tuple[int, ...], records: tuple[messages.Record, ...]) -> None:
         failures = {}
         for cookie, record in zip(cookies, records, strict=True):
-            if record.flags & wire.RecordFlag.UNSERVED:
+            if record.flags & messages.RecordFlag.UNSERVED:
                 continue  # nobody served it since: the very coroutine goes on
             connection = self._connections[cookie]
             if connection.course is not Course.RUNNING:

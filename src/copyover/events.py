@@ -1,0 +1,159 @@
+"""
+What the holder's mind takes in and gives out: events, effects, and the result of a change.
+
+It holds the vocabulary only; what an event means is decided in reload.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from copyover import messages
+
+
+class Outcome(enum.Enum):
+    DONE = "done"
+    REFUSED = "refused"
+    ROLLED_BACK = "rolled-back"
+    BUSY = "busy"
+    STOPPED = "stopped"
+
+
+# ---- events
+
+
+@attrs.frozen
+class Reload:
+    """Somebody asks for a new generation; the answer is a Finished with the same *asker*."""
+
+    asker: int
+    generation: int
+    workers: int
+    move: str
+    timeout_s: float
+    gather_s: float = 1.0
+    boundary_s: float = 5.0
+    drain_s: float = 3600.0
+    max_retiring: int = 2
+    is_remembered: bool = False  # a SIGHUP while another change is under way is done after it, once
+
+
+@attrs.frozen
+class FromWorker:
+    """A message came; *descriptors* names those that came with it."""
+
+    worker: int
+    message: messages.Message
+    descriptors: Sequence[int] = ()
+
+
+@attrs.frozen
+class Died:
+    """The worker is reaped and its channel is read to the end."""
+
+    worker: int
+    how: str
+
+
+@attrs.frozen
+class TimerFired:
+    name: str
+
+
+@attrs.frozen
+class StopAsked:
+    drain_s: float
+
+
+Event = Reload | FromWorker | Died | TimerFired | StopAsked
+
+
+# ---- effects
+
+
+@attrs.frozen
+class Send:
+    worker: int
+    message: messages.Message
+    descriptors: tuple[int, ...] = ()
+
+
+@attrs.frozen
+class Spawn:
+    worker: int
+    generation: int
+    after_s: float = 0.0
+
+
+@attrs.frozen
+class Kill:
+    worker: int
+
+
+@attrs.frozen
+class Close:
+    """The connection has ended: close our copy."""
+
+    descriptor: int
+
+
+@attrs.frozen
+class Reset:
+    """Nobody can serve it: tell the client with a true RST, and close our copy."""
+
+    descriptor: int
+
+
+@attrs.frozen
+class SetTimer:
+    """Fire once; *after_s* None takes the timer back."""
+
+    name: str
+    after_s: float | None
+
+
+@attrs.frozen
+class Note:
+    """One line for the log."""
+
+    event: str
+    fields: dict[str, Any]
+
+
+@attrs.frozen
+class Result:
+    """How a change ended."""
+
+    outcome: Outcome
+    from_generation: int
+    to_generation: int
+    serving_generation: int
+    moved: int = 0
+    kept: int = 0
+    ended: int = 0
+    lost: int = 0
+    kept_reasons: tuple[tuple[int, str], ...] = ()
+    pauses_us: tuple[int, ...] = ()
+    phases_ms: dict[str, float] = attrs.field(factory=dict)
+    error: str | None = None
+    status: int = 0
+
+
+@attrs.frozen
+class Finished:
+    asker: int
+    result: Result
+
+
+@attrs.frozen
+class AskAgain:
+    """A reload was asked for meanwhile: pin the release as it is now, and ask."""
+
+
+Effect = Send | Spawn | Kill | Close | Reset | SetTimer | Note | Finished | AskAgain

@@ -1,0 +1,265 @@
+"""
+What the holder has: the ledger, the workers, and the effects that an event collects.
+
+It knows how connections and workers come and go in any phase; it knows no phase.
+"""
+
+from __future__ import annotations
+
+import collections
+import enum
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from copyover import events, messages
+from copyover.errors import IllegalEvent
+from copyover.ledger import Ending, Entry, Ledger, Standing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+MAX_BACKOFF_S = 30.0
+HEALTHY_S = 10.0
+
+
+class Strength(enum.Enum):
+    """How far a worker has come."""
+
+    BOOTING = "booting"
+    READY = "ready"
+    RETIRING = "retiring"
+    DYING = "dying"  # killed, not reaped; what it had sent still counts
+
+
+@attrs.define
+class Worker:
+    """One worker; the second half is of the move under way."""
+
+    id: int
+    generation: int
+    strength: Strength = Strength.BOOTING
+    abilities: messages.Ready | None = None
+    lent: int = 0
+    staged: int = 0
+    staged_acked: int = 0
+
+    is_off: bool = False
+    has_gathered: bool = False
+    has_entered: bool = False
+    shared: tuple[bytes, ...] = ()
+    unanswered: set[int] = attrs.field(factory=set)  # freezes without their first answer
+    queue: collections.deque[int] = attrs.field(factory=collections.deque)  # connections still to be frozen
+
+    def begin_move(self) -> None:
+        self.is_off = self.has_gathered = self.has_entered = False
+        self.shared = ()
+        self.unanswered.clear()
+        self.queue.clear()
+
+
+class Holdings:
+    """Everything that the holder keeps. *capacity*: the live connections that its descriptors allow for."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.is_full = False
+        self.ledger = Ledger()
+        self.workers: dict[int, Worker] = {}
+        self.generation = 0
+        self.wanted = 0  # workers of the serving generation
+        self.kept: dict[int, str] = {}  # what lives on in a retiring generation, and why
+        self.counters: collections.Counter[str] = collections.Counter()
+        self.failures = 0
+        self.effects: list[events.Effect] = []
+        self._next_worker = itertools.count(1)
+
+    # ---- effects
+
+    def send(self, worker: int, message: messages.Message, descriptors: Iterable[int] = ()) -> None:
+        if self.is_alive(worker):
+            self.effects.append(events.Send(worker, message, tuple(descriptors)))
+
+    def kill(self, worker: int) -> None:
+        if self.is_alive(worker):
+            self.workers[worker].strength = Strength.DYING
+            self.effects.append(events.Kill(worker))
+
+    def note(self, event: str, **fields: Any) -> None:
+        self.effects.append(events.Note(event, fields))
+
+    def set_timer(self, name: str, after_s: float | None) -> None:
+        self.effects.append(events.SetTimer(name, after_s))
+
+    def spawn(self, generation: int, after_s: float = 0.0) -> int:
+        worker = next(self._next_worker)
+        self.workers[worker] = Worker(worker, generation)
+        self.effects.append(events.Spawn(worker, generation, after_s))
+        return worker
+
+    def drop(self, copies: Iterable[tuple[int, int]]) -> None:
+        """Tell workers to close their copies: pairs of worker and cookie."""
+        per_worker: dict[int, list[int]] = {}
+        for worker, cookie in copies:
+            per_worker.setdefault(worker, []).append(cookie)
+        for worker, cookies in per_worker.items():
+            self.send(worker, messages.Drop(cookie=tuple(cookies)))
+
+    # ---- workers
+
+    def is_alive(self, worker: int) -> bool:
+        return worker in self.workers and self.workers[worker].strength is not Strength.DYING
+
+    def living(self, workers: Iterable[int]) -> list[Worker]:
+        return [self.workers[worker] for worker in workers if self.is_alive(worker)]
+
+    def serving(self) -> list[Worker]:
+        """Return the workers of the serving generation that are ready."""
+        return [w for w in self.workers.values() if w.generation == self.generation and w.strength is Strength.READY]
+
+    def admit(self, worker: int) -> None:
+        """Let it accept, unless we could not keep what it accepts: then clients wait in the backlog."""
+        if not self.is_full:
+            self.send(worker, messages.AcceptOn())
+
+    def retire(self, worker: Worker, drain_s: float) -> None:
+        """Let it finish what it serves; it closes the rest at the limit, the timer is for one that does not."""
+        worker.strength = Strength.RETIRING
+        self.send(worker.id, messages.Commit(drain_ms=int(drain_s * 1000)))
+        self.set_timer(f"retire {worker.id}", drain_s + 5)
+        self.note("retiring", worker=worker.id, generation=worker.generation, kept=self.ledger.owned[worker.id])
+
+    def expire_oldest(self, max_retiring: int) -> None:
+        """At most so many generations retire at a time."""
+        retiring = [worker for worker in self.workers.values() if worker.strength is Strength.RETIRING]
+        too_old = sorted({worker.generation for worker in retiring})[:-max_retiring]
+        for worker in retiring:
+            if worker.generation in too_old:
+                self.retire(worker, 0.0)
+
+    def restore_strength(self) -> None:
+        """Bring the serving generation back to its number of workers, more slowly with each failure."""
+        strong = (Strength.READY, Strength.BOOTING)
+        present = sum(w.generation == self.generation and w.strength in strong for w in self.workers.values())
+        for _ in range(self.wanted - present):
+            after_s = 0.0 if self.failures == 0 else min(0.1 * 2**self.failures, MAX_BACKOFF_S)
+            self.failures += 1
+            self.counters["restarts"] += 1
+            worker = self.spawn(self.generation, after_s)
+            self.set_timer("healthy", after_s + HEALTHY_S)
+            self.note("restarting", worker=worker, generation=self.generation, after_s=after_s)
+
+    def bury(self, event: events.Died) -> tuple[Worker, list[Entry], list[int]]:
+        """
+        Forget a dead worker.
+
+        Returns it, the connections that it had been given and had not served (parked now), and those that are lost:
+        their state died with it.
+        """
+        worker = self.workers.pop(event.worker)
+        had = self.ledger.owned[worker.id]
+        unserved, lost = [], []
+        for entry in list(self.ledger.of(worker.id)):
+            if self.ledger.has_record(entry):
+                unserved.append(self.ledger.park(entry.cookie))
+            elif entry.standing is not Standing.PARKED:
+                lost.append(entry.cookie)
+        for cookie in lost:
+            self.lose(cookie)
+        self.ledger.forget_copies(worker.id)
+        self.set_timer(f"retire {worker.id}", None)
+        is_expected = worker.strength is Strength.RETIRING and not had
+        self.note(
+            "left" if is_expected else "died",
+            worker=worker.id,
+            generation=worker.generation,
+            how=event.how,
+            connections=had,
+            lost=len(lost),
+        )
+        return worker, unserved, lost
+
+    def staged(self, event: events.FromWorker) -> None:
+        """
+        A worker has built what was staged in it so far.
+
+        Raises:
+            IllegalEvent: more than was staged, or less than before.
+
+        """
+        total = messages.expect(event.message, messages.Staged).total
+        worker = self.workers[event.worker]
+        if not worker.staged_acked <= total <= worker.staged:
+            raise IllegalEvent(f"worker {worker.id} acknowledged {total} of {worker.staged} staged connections")
+        worker.staged_acked = total
+
+    # ---- connections
+
+    def lend(self, event: events.FromWorker) -> list[Entry]:
+        """
+        Take over a copy of each connection of a batch, checked whole before anything changes.
+
+        Raises:
+            IllegalEvent: counts that do not add up, or a connection that is in the ledger.
+
+        """
+        message = messages.expect(event.message, messages.Lend)
+        if len(event.descriptors) != len(message.cookie) or len(set(message.cookie)) != len(message.cookie):
+            raise IllegalEvent(f"worker {event.worker} lent {len(message.cookie)} connections that do not add up")
+        known = [cookie for cookie in message.cookie if cookie in self.ledger.entries]
+        if known:
+            raise IllegalEvent(f"worker {event.worker} lent connection {known[0]}, which is in the ledger")
+        worker = self.workers[event.worker]
+        entries = [
+            self.ledger.lend(worker.id, cookie, descriptor, listener)
+            for cookie, descriptor, listener in zip(message.cookie, event.descriptors, message.listener, strict=True)
+        ]
+        worker.lent += len(entries)
+        self.counters["accepted"] += len(entries)
+        self.send(worker.id, messages.LendAck(total=worker.lent))
+        if len(self.ledger) >= self.capacity and not self.is_full:
+            self.is_full = True
+            self.note("full", connections=len(self.ledger), advice="raise RLIMIT_NOFILE")
+            for accepting in self.serving():
+                self.send(accepting.id, messages.AcceptOff(moving=False))
+        return entries
+
+    def release(self, event: events.FromWorker, on_ended: Callable[[int], None]) -> None:
+        """
+        A worker says which of its connections ended; *on_ended* is called for each.
+
+        Raises:
+            IllegalEvent: one is not its own.
+
+        """
+        message = messages.expect(event.message, messages.Release)
+        standings = (Standing.SERVED, Standing.FREEZING, Standing.THAWING)
+        self.ledger.check(event.worker, message.cookie, message.epoch, standings)
+        copies: list[tuple[int, int]] = []
+        for cookie, how in zip(message.cookie, message.how, strict=True):
+            if self.ledger.is_late(cookie):
+                continue
+            copies += self._end(self.ledger.release(event.worker, cookie), events.Close)
+            self.counters["ended"] += 1
+            self.counters["expired"] += how == messages.How.EXPIRED
+            on_ended(cookie)
+        self.drop(copies)
+
+    def lose(self, cookie: int) -> None:
+        """Nobody can serve it any more; its client is told."""
+        self.drop(self._end(self.ledger.lose(cookie), events.Reset))
+        self.counters["lost"] += 1
+
+    def _end(self, ending: Ending, effect: type[events.Close | events.Reset]) -> list[tuple[int, int]]:
+        self.effects.append(effect(ending.descriptor))
+        self.kept.pop(ending.cookie, None)
+        return [(worker, ending.cookie) for worker in ending.copies_in]
+
+    def regain_room(self) -> bool:
+        """See whether enough connections have ended since it was full; True once, at that moment."""
+        if not self.is_full or len(self.ledger) >= self.capacity * 0.95:
+            return False
+        self.is_full = False
+        self.note("room", connections=len(self.ledger))
+        return True

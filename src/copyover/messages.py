@@ -1,0 +1,372 @@
+"""
+What holder and worker say to each other: one table of messages, and the record that travels beside a descriptor.
+
+It knows no bytes: how a message is packed is wire's business.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import attrs
+
+from copyover.errors import WireError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+MAX_DESCRIPTORS = 253  # a message: SCM_MAX_FD. unix(7)
+MAX_ROWS = 4096  # a packet of columns stays well below the packet size
+
+T = TypeVar("T", bound="Message")
+
+
+class How(enum.IntEnum):
+    """How a connection ended."""
+
+    CLOSED = 0  # the handler returned or closed it
+    RESET = 1  # the peer reset it, or it timed out
+    ABORTED = 2  # the handler aborted it, or failed
+    EXPIRED = 3  # its retiring generation reached the drain limit
+    STOPPED = 4  # the server is stopping
+
+
+class RecordFlag(enum.IntFlag):
+    """What else a record says about its connection."""
+
+    WRITE_CLOSED = 1  # our FIN is sent, or is to be sent after the unsent bytes
+    FINISHED = 2  # the handler has returned: send what is unsent, then close
+    UNSERVED = 4  # thaw only: nobody served it since you froze it; use your own record and coroutine
+    CUT = 8  # part of a consistent cut: entered with all the others of it
+
+
+@attrs.frozen
+class Record:
+    """
+    What travels beside a descriptor.
+
+    *received* and *sent* count the bytes that were read from and accepted by the kernel since the connection was
+    accepted; *halted_ns* is CLOCK_MONOTONIC at the moment it stopped being served.
+    """
+
+    kind: int = 0
+    flags: int = 0
+    schema: int = 0
+    received: int = 0
+    sent: int = 0
+    halted_ns: int = 0
+    unread: bytes = b""
+    unsent: bytes = b""
+    state: bytes = b""
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self.unread) + len(self.unsent) + len(self.state)
+
+
+RECORD_FIELDS = tuple(field.name for field in attrs.fields(Record))
+
+
+def column(code: str) -> Any:
+    """Declare a column: one number of the struct code *code* a row."""
+    return attrs.field(factory=tuple, metadata={"column": code})
+
+
+def blob() -> Any:
+    """Declare a blob: opaque bytes of any length, one a row."""
+    return attrs.field(factory=tuple, metadata={"blob": True})
+
+
+def rare(kind: type) -> Any:
+    """Declare a value of the JSON part, of the JSON type *kind*."""
+    return attrs.field(metadata={"rare": kind})
+
+
+@attrs.frozen(kw_only=True)
+class Message:
+    """One message. Columns and blobs of one message have one length, the number of its rows."""
+
+    KIND: ClassVar[int] = 0
+    CARRIES_DESCRIPTORS: ClassVar[bool] = False  # one a row
+
+    @property
+    def rows(self) -> int:
+        rows: tuple[object, ...] = ()
+        for field in attrs.fields(type(self)):
+            if "rare" not in field.metadata:
+                rows = getattr(self, field.name)
+                break
+        return len(rows)
+
+
+@attrs.frozen(kw_only=True)
+class _WithRecords(Message):
+    """The columns of a record, shared by frozen and thaw."""
+
+    kind: tuple[int, ...] = column("B")
+    flags: tuple[int, ...] = column("B")
+    schema: tuple[int, ...] = column("H")
+    received: tuple[int, ...] = column("Q")
+    sent: tuple[int, ...] = column("Q")
+    halted_ns: tuple[int, ...] = column("Q")
+    unread: tuple[bytes, ...] = blob()
+    unsent: tuple[bytes, ...] = blob()
+    state: tuple[bytes, ...] = blob()
+
+    def records(self) -> Iterator[Record]:
+        return map(Record, *(getattr(self, name) for name in RECORD_FIELDS))
+
+
+def record_columns(records: Sequence[Record]) -> dict[str, tuple[Any, ...]]:
+    """Turn rows into the keyword arguments of Frozen or Thaw."""
+    return {name: tuple([getattr(record, name) for record in records]) for name in RECORD_FIELDS}
+
+
+# ---- worker to holder
+
+
+@attrs.frozen(kw_only=True)
+class Hello(Message):
+    """The first packet of a worker. Its layout is the same in every version of the wire."""
+
+    KIND: ClassVar[int] = 1
+    wire: list[int] = rare(list)
+    record: list[int] = rare(list)
+    copyover: str = rare(str)
+    python: str = rare(str)
+    pid: int = rare(int)
+    worker: int = rare(int)
+    instance: str = rare(str)
+
+
+@attrs.frozen(kw_only=True)
+class Ready(Message):
+    """The application's startup has returned and the listeners are adopted."""
+
+    KIND: ClassVar[int] = 2
+    application: str = rare(str)
+    loop: str = rare(str)
+    writes: int = rare(int)  # the schema of the states that it writes
+    reads: list[int] = rare(list)  # the schemas that it can read
+    shares: bool = rare(bool)  # it exports and imports shared state
+
+
+@attrs.frozen(kw_only=True)
+class Failed(Message):
+    """The worker cannot go on, and says why before it exits."""
+
+    KIND: ClassVar[int] = 3
+    reason: str = rare(str)
+    status: int = rare(int)
+
+
+@attrs.frozen(kw_only=True)
+class Lend(Message):
+    """Accepted connections, one descriptor a row, before the first byte of any is read."""
+
+    KIND: ClassVar[int] = 4
+    CARRIES_DESCRIPTORS: ClassVar[bool] = True
+    cookie: tuple[int, ...] = column("Q")
+    listener: tuple[int, ...] = column("H")
+
+
+@attrs.frozen(kw_only=True)
+class Release(Message):
+    """These connections have ended."""
+
+    KIND: ClassVar[int] = 5
+    cookie: tuple[int, ...] = column("Q")
+    epoch: tuple[int, ...] = column("I")
+    how: tuple[int, ...] = column("B")
+
+
+@attrs.frozen(kw_only=True)
+class AcceptOffAck(Message):
+    """No lend follows this one until accept_on."""
+
+    KIND: ClassVar[int] = 6
+
+
+@attrs.frozen(kw_only=True)
+class Staged(Message):
+    """So many connections were staged here so far."""
+
+    KIND: ClassVar[int] = 7
+    total: int = rare(int)
+
+
+@attrs.frozen(kw_only=True)
+class Frozen(_WithRecords):
+    """Stopped at a boundary. *batch* names the freeze whose first answer this is, 0 for later ones."""
+
+    KIND: ClassVar[int] = 8
+    batch: int = rare(int)
+    cookie: tuple[int, ...] = column("Q")
+    epoch: tuple[int, ...] = column("I")
+
+
+@attrs.frozen(kw_only=True)
+class Refused(Message):
+    """These cannot be frozen, or cannot be thawed; the sender's side of them is as if it had never been asked."""
+
+    KIND: ClassVar[int] = 9
+    cookie: tuple[int, ...] = column("Q")
+    epoch: tuple[int, ...] = column("I")
+    reason: tuple[bytes, ...] = blob()
+
+
+@attrs.frozen(kw_only=True)
+class Gathered(Message):
+    """All that could stop has stopped and is sent; *shared* is the application's shared state, if it has one."""
+
+    KIND: ClassVar[int] = 10
+    shared: tuple[bytes, ...] = blob()
+
+
+@attrs.frozen(kw_only=True)
+class Adopted(Message):
+    """Served by the sender from now on; queued before the first byte that it serves."""
+
+    KIND: ClassVar[int] = 11
+    cookie: tuple[int, ...] = column("Q")
+    epoch: tuple[int, ...] = column("I")
+    pause_us: tuple[int, ...] = column("I")
+
+
+# ---- holder to worker
+
+
+@attrs.frozen(kw_only=True)
+class Welcome(Message):
+    """The listeners, one descriptor a row, and what to run."""
+
+    KIND: ClassVar[int] = 32
+    CARRIES_DESCRIPTORS: ClassVar[bool] = True
+    wire: int = rare(int)
+    generation: int = rare(int)
+    names: list[str] = rare(list)  # of the listeners
+    application: str = rare(str)
+    app_dir: str = rare(str)
+    options: dict[str, Any] = rare(dict)  # loop, limits; unknown keys are ignored
+    listener: tuple[int, ...] = column("H")
+
+
+@attrs.frozen(kw_only=True)
+class LendAck(Message):
+    """The holder owns a copy of so many of the connections lent on this channel, counted from its start."""
+
+    KIND: ClassVar[int] = 33
+    total: int = rare(int)
+
+
+@attrs.frozen(kw_only=True)
+class AcceptOn(Message):
+    KIND: ClassVar[int] = 34
+
+
+@attrs.frozen(kw_only=True)
+class AcceptOff(Message):
+    """Stop accepting, and say so behind the last lend. With *moving* a move begins: no garbage collection."""
+
+    KIND: ClassVar[int] = 35
+    moving: bool = rare(bool)
+
+
+@attrs.frozen(kw_only=True)
+class Stage(Message):
+    """Build these, paused; one descriptor a row."""
+
+    KIND: ClassVar[int] = 36
+    CARRIES_DESCRIPTORS: ClassVar[bool] = True
+    cookie: tuple[int, ...] = column("Q")
+    listener: tuple[int, ...] = column("H")
+
+
+@attrs.frozen(kw_only=True)
+class Freeze(Message):
+    """
+    Stop these at their boundaries; exactly one answer for each: frozen, refused, or the release that crosses.
+
+    With *gather_ms* above 0 all that can stop within that time are one consistent cut, closed by gathered; *more*
+    says that further packets belong to the same cut. After *wait_ms* those that never reached a boundary are refused.
+    """
+
+    KIND: ClassVar[int] = 37
+    batch: int = rare(int)
+    more: bool = rare(bool)
+    gather_ms: int = rare(int)
+    wait_ms: int = rare(int)
+    cookie: tuple[int, ...] = column("Q")
+    epoch: tuple[int, ...] = column("I")
+
+
+@attrs.frozen(kw_only=True)
+class Thaw(_WithRecords):
+    """Take these over from their records; build, and serve nothing before enter."""
+
+    KIND: ClassVar[int] = 38
+    cookie: tuple[int, ...] = column("Q")
+    epoch: tuple[int, ...] = column("I")
+
+
+@attrs.frozen(kw_only=True)
+class Enter(Message):
+    """
+    Adopt and serve what is thawed: with *cut* the records of the cut, else those that are of none.
+
+    *shared*: the shared states of the workers that the cut came from.
+    """
+
+    KIND: ClassVar[int] = 39
+    cut: bool = rare(bool)
+    shared: tuple[bytes, ...] = blob()
+
+
+@attrs.frozen(kw_only=True)
+class Drop(Message):
+    """Close your copies of these: they ended elsewhere, or stay where they are."""
+
+    KIND: ClassVar[int] = 40
+    cookie: tuple[int, ...] = column("Q")
+
+
+@attrs.frozen(kw_only=True)
+class Commit(Message):
+    """To the incumbent: forget what is frozen, finish what you still serve, then go."""
+
+    KIND: ClassVar[int] = 41
+    drain_ms: int = rare(int)
+
+
+@attrs.frozen(kw_only=True)
+class MoveOver(Message):
+    """The move has ended for this worker; it serves on."""
+
+    KIND: ClassVar[int] = 42
+
+
+@attrs.frozen(kw_only=True)
+class Stop(Message):
+    """Accept nothing more, close each connection at its boundary, the rest after *drain_ms*, then go."""
+
+    KIND: ClassVar[int] = 43
+    drain_ms: int = rare(int)
+
+
+FROM_WORKER = (Hello, Ready, Failed, Lend, Release, AcceptOffAck, Staged, Frozen, Refused, Gathered, Adopted)
+FROM_HOLDER = (Welcome, LendAck, AcceptOn, AcceptOff, Stage, Freeze, Thaw, Enter, Drop, Commit, MoveOver, Stop)
+BY_KIND: dict[int, type[Message]] = {kind.KIND: kind for kind in (*FROM_WORKER, *FROM_HOLDER)}
+
+
+def expect(message: Message, kind: type[T]) -> T:
+    """
+    Return *message* if it is of *kind*.
+
+    Raises:
+        WireError: it is another.
+
+    """
+    if not isinstance(message, kind):
+        raise WireError(f"{kind.__name__} was expected, {type(message).__name__} came")
+    return message

@@ -1,0 +1,399 @@
+"""
+How the connections of one change get from the incumbent to the replacement, or back.
+
+It stages, freezes, thaws and enters, and knows when all is settled; which phase follows is decided in reload.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from copyover import messages
+from copyover.ledger import Standing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from copyover.events import FromWorker, Reload
+    from copyover.holdings import Holdings, Worker
+    from copyover.ledger import Entry
+
+ROLLING_BATCH = 64
+ROLLING_WINDOW = 2
+
+
+class Move:
+    """The connections of one change. *open* are those whose passage is not settled."""
+
+    def __init__(self, holdings: Holdings, asked: Reload, incumbents: list[int], replacements: list[int]) -> None:
+        self._holdings = holdings
+        self._ledger = holdings.ledger
+        self._asked = asked
+        self.incumbents = incumbents
+        self.replacements = replacements
+        self.is_together = asked.move == "together"
+        self.is_backwards = False  # rolling back: all returns to the incumbent
+        self.open: set[int] = set()
+        self.moved = 0
+        self.ended = 0
+        self.lost = 0
+        self.kept: dict[int, str] = {}
+        self.pauses_us: list[int] = []
+        self._routes: dict[int, int] = {}  # together: incumbent to replacement
+        self._between: collections.Counter[int] = collections.Counter()  # thawed, not adopted, by the incumbent left
+        self._left: dict[int, int] = {}  # the incumbent that each of those left
+        self._batches = itertools.count(1)
+
+    def living_incumbents(self) -> list[Worker]:
+        return self._holdings.living(self.incumbents)
+
+    def living_replacements(self) -> list[Worker]:
+        return self._holdings.living(self.replacements)
+
+    # ---- staging
+
+    def begin(self) -> None:
+        """Let the replacement build everything, paused, before the incumbent lets go of anything."""
+        self._ledger.begin()
+        for place, incumbent in enumerate(self.incumbents):
+            self._routes[incumbent] = self.replacements[place % len(self.replacements)]
+        for worker in self.living_incumbents() + self.living_replacements():
+            worker.begin_move()
+        owners = set(self.incumbents)
+        self.stage([entry for entry in self._ledger.entries.values() if entry.owner in owners])
+
+    def stage(self, entries: Iterable[Entry]) -> None:
+        per_target: dict[int, list[Entry]] = {}
+        for entry in entries:
+            target = self._target(entry)
+            if target is not None:
+                self.open.add(entry.cookie)
+                self._ledger.stage(entry.cookie, target.id)
+                target.staged += 1
+                per_target.setdefault(target.id, []).append(entry)
+        for target_id, staged in per_target.items():
+            self._send_stage(target_id, staged)
+
+    def _target(self, entry: Entry) -> Worker | None:
+        """Return the replacement's worker for an incumbent's connection; together, all of one go to one."""
+        living = self.living_replacements()
+        if not living:
+            return None
+        if self.is_together:
+            route = self._routes.get(entry.owner, 0)
+            return self._holdings.workers[route] if self._holdings.is_alive(route) else living[0]
+        return min(living, key=lambda worker: worker.staged + self._ledger.owned[worker.id])
+
+    def _send_stage(self, target: int, entries: list[Entry]) -> None:
+        for chunk in _chunks(entries, messages.MAX_DESCRIPTORS):
+            cookies, places = [entry.cookie for entry in chunk], [entry.listener for entry in chunk]
+            message = messages.Stage(cookie=tuple(cookies), listener=tuple(places))
+            self._holdings.send(target, message, [entry.descriptor for entry in chunk])
+
+    @property
+    def is_staged(self) -> bool:
+        return all(worker.staged_acked == worker.staged for worker in self.living_replacements())
+
+    # ---- accepting switches, freezing begins
+
+    def switch_accepting(self) -> None:
+        """Rolling, the replacement accepts at once; together, when its cut has been entered."""
+        for incumbent in self.living_incumbents():
+            self._holdings.send(incumbent.id, messages.AcceptOff(moving=True))
+        if not self.is_together:
+            for replacement in self.living_replacements():
+                self._holdings.admit(replacement.id)
+
+    def accept_off_acked(self, worker: Worker) -> None:
+        """All its lends are in: the set of its connections is closed, freezing can begin."""
+        worker.is_off = True
+        served = [entry.cookie for entry in self._ledger.of(worker.id) if entry.standing is Standing.SERVED]
+        if not self.is_together:
+            worker.queue.extend(served)
+            self._feed(worker)
+            return
+        chunks = list(_chunks(served, messages.MAX_ROWS)) or [[]]
+        for place, chunk in enumerate(chunks):
+            self._freeze(worker, chunk, is_cut=True, more=place + 1 < len(chunks))
+
+    def _freeze(self, worker: Worker, cookies: Sequence[int], *, is_cut: bool, more: bool = False) -> None:
+        batch = next(self._batches)
+        worker.unanswered.add(batch)
+        message = messages.Freeze(
+            batch=batch,
+            more=more,
+            gather_ms=int(self._asked.gather_s * 1000) if is_cut else 0,
+            wait_ms=int(self._asked.boundary_s * 1000),
+            cookie=tuple(cookies),
+            epoch=tuple([self._ledger.freeze(cookie) for cookie in cookies]),
+        )
+        self._holdings.send(worker.id, message)
+
+    def _feed(self, worker: Worker) -> None:
+        """Keep at most two batches between freeze and adopted; a connection that is busy holds up no other."""
+        while (
+            worker.queue
+            and len(worker.unanswered) < ROLLING_WINDOW
+            and self._between[worker.id] <= ROLLING_BATCH * (ROLLING_WINDOW - 1)
+        ):
+            batch: list[int] = []
+            while worker.queue and len(batch) < ROLLING_BATCH:
+                entry = self._ledger.entries.get(worker.queue.popleft())
+                if entry is not None and entry.standing is Standing.SERVED:
+                    batch.append(entry.cookie)
+            if batch:
+                self._freeze(worker, batch, is_cut=False)
+
+    # ---- answers
+
+    def frozen(self, event: FromWorker) -> None:
+        """
+        Records came: park the connections and give them to whom the direction wants.
+
+        Raises:
+            IllegalEvent: one is not the sender's, or was not asked for.
+
+        """
+        message = messages.expect(event.message, messages.Frozen)
+        worker = self._holdings.workers[event.worker]
+        self._ledger.check(worker.id, message.cookie, message.epoch, (Standing.FREEZING,))
+        worker.unanswered.discard(message.batch)
+        self.place(
+            [
+                self._ledger.frozen(worker.id, cookie, epoch, record)
+                for cookie, epoch, record in zip(message.cookie, message.epoch, message.records(), strict=True)
+                if not self._ledger.is_late(cookie)
+            ]
+        )
+        self._feed(worker)
+
+    def adopted(self, event: FromWorker) -> None:
+        """
+        The sender serves these now.
+
+        Raises:
+            IllegalEvent: one was not given to it.
+
+        """
+        message = messages.expect(event.message, messages.Adopted)
+        standings = (Standing.THAWING, Standing.FREEZING)
+        self._ledger.check(event.worker, message.cookie, message.epoch, standings)
+        for cookie, epoch, pause_us in zip(message.cookie, message.epoch, message.pause_us, strict=True):
+            if self._ledger.is_late(cookie):
+                continue
+            entry = self._ledger.adopt(event.worker, cookie, epoch)
+            if entry.standing is not Standing.SERVED:
+                continue  # a freeze has crossed it, its answer follows
+            self.pauses_us.append(pause_us)
+            self.moved += event.worker in self.replacements
+            if entry.moving.kept_because is not None:
+                self.kept[cookie] = entry.moving.kept_because
+            self._settled(cookie)
+
+    def refused(self, event: FromWorker) -> None:
+        """
+        The sender keeps these (answer to a freeze), or gives their records back (answer to a thaw).
+
+        Raises:
+            IllegalEvent: one was neither asked for nor given to it.
+
+        """
+        message = messages.expect(event.message, messages.Refused)
+        worker = self._holdings.workers[event.worker]
+        self._ledger.check(worker.id, message.cookie, message.epoch, (Standing.THAWING, Standing.FREEZING))
+        given_back: list[Entry] = []
+        copies: list[tuple[int, int]] = []
+        for cookie, reason in zip(message.cookie, message.reason, strict=True):
+            if self._ledger.is_late(cookie):
+                continue
+            entry = self._ledger.refuse(worker.id, cookie, reason.decode(errors="replace"))
+            if entry.standing is Standing.PARKED:
+                given_back.append(entry)
+                continue
+            if not self.is_backwards or worker.id in self.replacements:
+                self.kept[cookie] = entry.moving.kept_because or ""
+            self._settled(cookie)
+            copies += [(copy, cookie) for copy in self._ledger.forget_others(cookie)]
+        self._holdings.drop(copies)
+        if self.living_incumbents():
+            self.place(given_back)
+        else:
+            for entry in given_back:
+                self._holdings.lose(entry.cookie)
+                self.note_lost([entry.cookie])
+
+    def gathered(self, event: FromWorker) -> None:
+        """The sender's cut is closed."""
+        worker = self._holdings.workers[event.worker]
+        if worker.is_off:  # else it answers a move that was rolled back
+            worker.has_gathered = True
+            worker.shared = messages.expect(event.message, messages.Gathered).shared
+
+    def enter_cuts(self) -> None:
+        """Let each replacement begin that has all the cuts which go to it."""
+        if not self.is_together or self.is_backwards:
+            return
+        for replacement in self.living_replacements():
+            routed = [incumbent for incumbent, route in self._routes.items() if route == replacement.id]
+            sources = [self._holdings.workers[worker] for worker in routed if worker in self._holdings.workers]
+            if replacement.has_entered or not all(source.has_gathered for source in sources):
+                continue
+            replacement.has_entered = True
+            shared = tuple(itertools.chain.from_iterable(source.shared for source in sources))
+            self._holdings.send(replacement.id, messages.Enter(cut=True, shared=shared))
+            self._holdings.admit(replacement.id)
+
+    # ---- placing
+
+    def place(self, parked: Iterable[Entry]) -> None:
+        """Give parked connections to the worker that the direction wants; nobody alive, they stay parked."""
+        per_target: dict[int, list[Entry]] = {}
+        for entry in parked:
+            target = self._destination(entry)
+            if target is not None:
+                per_target.setdefault(target, []).append(entry)
+        for target, entries in per_target.items():
+            self._thaw(target, entries)
+
+    def place_all(self) -> None:
+        self.place([entry for entry in self._ledger.entries.values() if entry.standing is Standing.PARKED])
+
+    def _destination(self, entry: Entry) -> int | None:
+        passage = entry.moving
+        sides = [self.living_replacements(), self.living_incumbents()]
+        if self.is_backwards or passage.kept_because is not None:
+            sides.reverse()
+        for side in filter(None, sides):
+            living = [worker.id for worker in side]
+            preferred = [copy for copy in (passage.staged_in, passage.origin) if copy in living]
+            return preferred[0] if preferred else min(living, key=lambda worker: self._ledger.owned[worker])
+        return None
+
+    def _thaw(self, target: int, entries: list[Entry]) -> None:
+        without_copy = [e for e in entries if target not in (e.moving.staged_in, e.moving.origin)]
+        for entry in without_copy:
+            entry.moving.staged_in = entry.moving.staged_in or target
+        self._holdings.workers[target].staged += len(without_copy)
+        self._send_stage(target, without_copy)
+        is_forward = target in self.replacements
+        for chunk in _chunks(entries, messages.MAX_ROWS):
+            records = []
+            for entry in chunk:
+                if is_forward and entry.cookie not in self._left:
+                    self._left[entry.cookie] = entry.owner
+                    self._between[entry.owner] += 1
+                self._ledger.thaw(entry.cookie, target)
+                records.append(self._record_for(entry, target))
+            self._holdings.send(
+                target,
+                messages.Thaw(
+                    cookie=tuple([entry.cookie for entry in chunk]),
+                    epoch=tuple([entry.epoch for entry in chunk]),
+                    **messages.record_columns(records),
+                ),
+            )
+            if not all(record.flags & messages.RecordFlag.CUT for record in records):
+                self._holdings.send(target, messages.Enter(cut=False))
+
+    def _record_for(self, entry: Entry, target: int) -> messages.Record:
+        record = entry.moving.record
+        assert record is not None  # ledger.thaw has checked it
+        flags = record.flags
+        if target not in self.replacements or self._holdings.workers[target].has_entered:
+            flags &= ~messages.RecordFlag.CUT  # there is no cut to wait for: it follows alone
+        if self._ledger.unserved(entry, target):
+            return messages.Record(flags=flags | messages.RecordFlag.UNSERVED, halted_ns=record.halted_ns)
+        return attrs.evolve(record, flags=flags) if flags != record.flags else record
+
+    # ---- settling
+
+    def _settled(self, cookie: int) -> None:
+        """Its passage is over; the incumbent that it left may freeze another."""
+        self.open.discard(cookie)
+        incumbent = self._left.pop(cookie, 0)
+        self._between[incumbent] -= 1
+        if not self.is_backwards and self._holdings.is_alive(incumbent):
+            self._feed(self._holdings.workers[incumbent])
+
+    def note_ended(self, cookie: int) -> None:
+        self.ended += 1
+        self.kept.pop(cookie, None)
+        self._settled(cookie)
+
+    def note_lost(self, cookies: Iterable[int]) -> None:
+        for cookie in cookies:
+            self.lost += 1
+            self.kept.pop(cookie, None)
+            self._settled(cookie)
+
+    @property
+    def is_complete(self) -> bool:
+        """Forward: everything is adopted, ended or kept, and no lend can follow."""
+        incumbents = self.living_incumbents()
+        if self.open or not all(worker.is_off for worker in incumbents):
+            return False
+        return not self.is_together or all(worker.has_gathered for worker in incumbents)
+
+    # ---- backwards
+
+    def turn_back(self) -> None:
+        """The replacement freezes what it has; the incumbent thaws it, and accepts again."""
+        self.is_backwards = True
+        for incumbent in self.living_incumbents():
+            incumbent.queue.clear()
+            self._holdings.admit(incumbent.id)
+        for replacement in self.living_replacements():
+            replacement.is_off = False
+            self._holdings.send(replacement.id, messages.AcceptOff(moving=True))
+        own = {worker.id for worker in self.living_incumbents()}
+        served = {e.cookie for e in self._ledger.entries.values() if e.standing is Standing.SERVED and e.owner in own}
+        self.open -= served
+        self.freeze_replacements()
+        self.place_all()
+
+    def freeze_replacements(self) -> None:
+        """Freeze what the replacement serves or was given; what it refused to give back stays there."""
+        for replacement in self.living_replacements():
+            cookies = [
+                entry.cookie
+                for entry in self._ledger.of(replacement.id)
+                if entry.standing in (Standing.SERVED, Standing.THAWING) and entry.cookie not in self.kept
+            ]
+            self.open.update(cookies)
+            for chunk in _chunks(cookies, messages.MAX_ROWS):
+                self._freeze(replacement, chunk, is_cut=False)
+
+    @property
+    def is_back(self) -> bool:
+        """Backwards: all is with the incumbent again, or kept; a dying replacement may still have an answer."""
+        present = [self._holdings.workers[worker] for worker in self.replacements if worker in self._holdings.workers]
+        return not self.open and all(worker.is_off and self._holdings.is_alive(worker.id) for worker in present)
+
+    def turn_forward(self) -> None:
+        """Rolling back, the incumbent died: who lives serves."""
+        self.is_backwards = False
+        self.is_together = False
+        self.place_all()
+        for replacement in self.living_replacements():
+            replacement.has_entered = True
+            self._holdings.send(replacement.id, messages.Enter(cut=True))
+            self._holdings.admit(replacement.id)
+
+    def lose_open(self) -> None:
+        """Nobody of either generation lives."""
+        for cookie in sorted(self.open & self._ledger.entries.keys()):
+            self._holdings.lose(cookie)
+            self.note_lost([cookie])
+
+    def unstage_all(self) -> None:
+        """Nothing has moved, and nothing will."""
+        for entry in self._ledger.entries.values():
+            entry.passage = None
+
+
+def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    return (items[at : at + size] for at in range(0, len(items), size))
