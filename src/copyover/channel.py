@@ -62,11 +62,11 @@ class Packet:
         self.descriptors = []
 
 
-@attrs.define
+@attrs.define(eq=False)
 class _Outgoing:
     payload: bytes
-    descriptors: Sequence[int]  # borrowed, or owned when a memfd is among them
-    memfd: int | None
+    descriptors: Sequence[int]
+    owned: list[int]  # those among them that are closed once the packet is sent
     on_sent: Callable[[], None] | None
 
 
@@ -103,25 +103,28 @@ class Channel:
         on_sent: Callable[[], None] | None = None,
     ) -> None:
         """
-        Send *message*, or queue it; *on_sent* is called once the kernel has it.
+        Send *message*, or queue it; *on_sent* is called once the kernel has it, or the channel is closed.
 
-        The descriptors are borrowed until then: the caller keeps them open.
+        The descriptors are borrowed for the call only: a packet that has to wait gets dups of its own, because a
+        connection may end meanwhile and its number may become another's.
 
         Raises:
             ChannelClosed: the peer is gone.
 
         """
         header, body = wire.encode(message, descriptors=len(descriptors), version=self.version)
-        memfd = None
-        if len(body) <= MAX_PACKET_BYTES:
-            payload = header.pack() + body
-        else:
+        outgoing = _Outgoing(header.pack() + body, descriptors, [], on_sent)
+        if len(body) > MAX_PACKET_BYTES:
             memfd = _sealed_memfd(body)
-            payload = attrs.evolve(header, flags=header.flags | wire.FLAG_MEMFD).pack()
-            descriptors = [*descriptors, memfd]
-        self._queue.append(_Outgoing(payload, descriptors, memfd, on_sent))
+            outgoing.payload = attrs.evolve(header, flags=header.flags | wire.FLAG_MEMFD).pack()
+            outgoing.descriptors, outgoing.owned = [*descriptors, memfd], [memfd]
+        self._queue.append(outgoing)
         if not self._is_watched:
             self.flush()
+        if descriptors and self._queue and self._queue[-1] is outgoing:
+            outgoing.descriptors = [_dup(descriptor) for descriptor in outgoing.descriptors]
+            _close_all(outgoing.owned)
+            outgoing.owned = list(outgoing.descriptors)
 
     def flush(self) -> None:
         """
@@ -140,11 +143,9 @@ class Channel:
                 if problem.errno in _BACK_PRESSURE:
                     self._watch(True)
                     return
-                self.close_queue()
                 raise ChannelClosed(f"the peer of the channel is gone: {problem}") from problem
             self._queue.popleft()
-            if outgoing.memfd is not None:
-                os.close(outgoing.memfd)
+            _close_all(outgoing.owned)
             if outgoing.on_sent is not None:
                 outgoing.on_sent()
         self._watch(False)
@@ -173,26 +174,20 @@ class Channel:
             raise ChannelClosed(f"the peer of the channel is gone: {problem}") from problem
         descriptors = _descriptors_of(ancillary)
         try:
-            if flags & socket.MSG_CTRUNC:
-                raise TruncatedPacket(f"the kernel dropped descriptors of a packet; {len(descriptors)} arrived")
-            if flags & socket.MSG_TRUNC:
-                raise WireError(f"a packet is longer than {size} bytes")
-            if not payload:
-                raise ChannelClosed("the peer closed the channel")
+            _check_flags(flags, len(descriptors))
             return _open_packet(payload, descriptors)
         except WireError:
             _close_all(descriptors)
             raise
 
-    def close_queue(self) -> None:
-        for outgoing in self._queue:
-            if outgoing.memfd is not None:
-                os.close(outgoing.memfd)
-        self._queue.clear()
-
     def close(self) -> None:
-        self.close_queue()
+        """Close our end. Nobody takes what is queued any more: what waited for its *on_sent* goes on."""
         self._socket.close()
+        queue, self._queue = self._queue, collections.deque()
+        for outgoing in queue:
+            _close_all(outgoing.owned)
+            if outgoing.on_sent is not None:
+                outgoing.on_sent()
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
@@ -200,7 +195,16 @@ def pair() -> tuple[socket.socket, socket.socket]:
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
+def _check_flags(flags: int, arrived: int) -> None:
+    if flags & socket.MSG_CTRUNC:
+        raise TruncatedPacket(f"the kernel dropped descriptors of a packet; {arrived} arrived")
+    if flags & socket.MSG_TRUNC:
+        raise WireError(f"a packet is longer than {MAX_PACKET_BYTES} bytes and its header")
+
+
 def _open_packet(payload: bytes, descriptors: list[int]) -> Packet:
+    if not payload:
+        raise ChannelClosed("the peer closed the channel")
     header = wire.decode_header(payload)
     claimed = header.descriptors + header.has_memfd
     if len(descriptors) != claimed:
@@ -249,6 +253,10 @@ def _descriptors_of(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
     return descriptors.tolist()
+
+
+def _dup(descriptor: int) -> int:
+    return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 0)
 
 
 def _close_all(descriptors: list[int]) -> None:

@@ -140,8 +140,8 @@ def _explain_reload(result: dict[str, Any], name: str) -> None:
         pause = result["pause_ms"]
         spent_s = sum(result["phases_ms"].values()) / 1000
         click.echo(
-            f"generation {result['generation']['to']} serves: {counts['moved']} connections moved, {counts['kept']} kept, "
-            f"{counts['ended']} ended by themselves, {counts['lost']} lost, in {spent_s:.2f} s; "
+            f"generation {result['generation']['to']} serves: {counts['moved']} connections moved, "
+            f"{counts['kept']} kept, {counts['ended']} ended by themselves, {counts['lost']} lost, in {spent_s:.2f} s; "
             f"pause p50 {pause['p50']:.1f} ms, p99 {pause['p99']:.1f} ms, max {pause['max']:.1f} ms",
             err=True,
         )

@@ -86,8 +86,8 @@ def prepare(directory: Directory) -> None:
         others = stat.S_IMODE(found.st_mode) & 0o022
         if found.st_uid not in (os.geteuid(), 0) or (others and not found.st_mode & stat.S_ISVTX):
             raise UnsafeRuntimeDirectory(
-                f"{path} belongs to uid {found.st_uid} with mode {stat.S_IMODE(found.st_mode):04o}: others could replace "
-                f"its sockets; chmod 700 it, or set COPYOVER_RUNTIME_DIR to a directory of yours"
+                f"{path} belongs to uid {found.st_uid} with mode {stat.S_IMODE(found.st_mode):04o}: others could "
+                f"replace its sockets; chmod 700 it, or set COPYOVER_RUNTIME_DIR to a directory of yours"
             )
 
 

@@ -44,8 +44,9 @@ class Worker:
     lent: int = 0
     staged: int = 0
     staged_acked: int = 0
+    unacked_offs: int = 0
 
-    is_off: bool = False
+    is_off: bool = False  # all its lends are in
     has_gathered: bool = False
     has_entered: bool = False
     shared: tuple[bytes, ...] = ()
@@ -73,6 +74,7 @@ class Holdings:
         self.counters: collections.Counter[str] = collections.Counter()
         self.failures = 0
         self.effects: list[events.Effect] = []
+        self.batches = itertools.count(1)  # never twice the same: an answer names the freeze that it is to
         self._next_worker = itertools.count(1)
 
     # ---- effects
@@ -122,6 +124,23 @@ class Holdings:
         """Let it accept, unless we could not keep what it accepts: then clients wait in the backlog."""
         if not self.is_full:
             self.send(worker, messages.AcceptOn())
+
+    def accept_off(self, worker: Worker, *, is_moving: bool) -> None:
+        worker.unacked_offs += 1
+        self.send(worker.id, messages.AcceptOff(moving=is_moving))
+
+    def accept_off_acked(self, worker: Worker) -> bool:
+        """
+        Note an acknowledgement; True when it is that of the last accept_off.
+
+        Raises:
+            IllegalEvent: none is due.
+
+        """
+        if worker.unacked_offs == 0:
+            raise IllegalEvent(f"worker {worker.id} acknowledged an accept_off that it was never sent")
+        worker.unacked_offs -= 1
+        return worker.unacked_offs == 0
 
     def retire(self, worker: Worker, drain_s: float) -> None:
         """Let it finish what it serves; it closes the rest at the limit, the timer is for one that does not."""
@@ -221,8 +240,8 @@ class Holdings:
         if len(self.ledger) >= self.capacity and not self.is_full:
             self.is_full = True
             self.note("full", connections=len(self.ledger), advice="raise RLIMIT_NOFILE")
-            for accepting in self.serving():
-                self.send(accepting.id, messages.AcceptOff(moving=False))
+            for accepting in [worker for worker in self.workers.values() if worker.strength is Strength.READY]:
+                self.accept_off(accepting, is_moving=False)
         return entries
 
     def release(self, event: events.FromWorker, on_ended: Callable[[int], None]) -> None:

@@ -174,8 +174,9 @@ class Ledger:
     def refuse(self, worker: int, cookie: int, reason: str) -> Entry:
         """The owner keeps it (answer to a freeze), or gives the record back (answer to a thaw)."""
         entry = self._owned_by(worker, cookie, Standing.FREEZING, Standing.THAWING)
+        # A freeze may have crossed the refusal of a thaw: the refuser holds nothing then, and our record stands.
+        entry.standing = Standing.PARKED if self.has_record(entry) else Standing.SERVED
         entry.moving.kept_because = reason
-        entry.standing = Standing.SERVED if entry.standing is Standing.FREEZING else Standing.PARKED
         return entry
 
     def thaw(self, cookie: int, worker: int) -> Entry:

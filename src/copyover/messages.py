@@ -38,7 +38,7 @@ class RecordFlag(enum.IntFlag):
     WRITE_CLOSED = 1  # our FIN is sent, or is to be sent after the unsent bytes
     FINISHED = 2  # the handler has returned: send what is unsent, then close
     UNSERVED = 4  # thaw only: nobody served it since you froze it; use your own record and coroutine
-    CUT = 8  # part of a consistent cut: entered with all the others of it
+    CUT = 8  # thaw only: part of a consistent cut, entered with all the others of it
 
 
 @attrs.frozen

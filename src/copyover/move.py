@@ -46,7 +46,6 @@ class Move:
         self._routes: dict[int, int] = {}  # together: incumbent to replacement
         self._between: collections.Counter[int] = collections.Counter()  # thawed, not adopted, by the incumbent left
         self._left: dict[int, int] = {}  # the incumbent that each of those left
-        self._batches = itertools.count(1)
 
     def living_incumbents(self) -> list[Worker]:
         return self._holdings.living(self.incumbents)
@@ -103,7 +102,7 @@ class Move:
     def switch_accepting(self) -> None:
         """Rolling, the replacement accepts at once; together, when its cut has been entered."""
         for incumbent in self.living_incumbents():
-            self._holdings.send(incumbent.id, messages.AcceptOff(moving=True))
+            self._holdings.accept_off(incumbent, is_moving=True)
         if not self.is_together:
             for replacement in self.living_replacements():
                 self._holdings.admit(replacement.id)
@@ -121,7 +120,7 @@ class Move:
             self._freeze(worker, chunk, is_cut=True, more=place + 1 < len(chunks))
 
     def _freeze(self, worker: Worker, cookies: Sequence[int], *, is_cut: bool, more: bool = False) -> None:
-        batch = next(self._batches)
+        batch = next(self._holdings.batches)
         worker.unanswered.add(batch)
         message = messages.Freeze(
             batch=batch,
@@ -302,9 +301,9 @@ class Move:
     def _record_for(self, entry: Entry, target: int) -> messages.Record:
         record = entry.moving.record
         assert record is not None  # ledger.thaw has checked it
-        flags = record.flags
-        if target not in self.replacements or self._holdings.workers[target].has_entered:
-            flags &= ~messages.RecordFlag.CUT  # there is no cut to wait for: it follows alone
+        flags = record.flags & ~messages.RecordFlag.CUT
+        if self.is_together and target in self.replacements and not self._holdings.workers[target].has_entered:
+            flags |= messages.RecordFlag.CUT  # it waits for the cut, also where it missed its own incumbent's
         if self._ledger.unserved(entry, target):
             return messages.Record(flags=flags | messages.RecordFlag.UNSERVED, halted_ns=record.halted_ns)
         return attrs.evolve(record, flags=flags) if flags != record.flags else record
@@ -348,7 +347,7 @@ class Move:
             self._holdings.admit(incumbent.id)
         for replacement in self.living_replacements():
             replacement.is_off = False
-            self._holdings.send(replacement.id, messages.AcceptOff(moving=True))
+            self._holdings.accept_off(replacement, is_moving=True)
         own = {worker.id for worker in self.living_incumbents()}
         served = {e.cookie for e in self._ledger.entries.values() if e.standing is Standing.SERVED and e.owner in own}
         self.open -= served

@@ -223,9 +223,10 @@ class Machine:
     # ---- moving
 
     def _accept_off_acked(self, event: FromWorker) -> None:
-        if event.worker in self._move.incumbents:
-            self._move.accept_off_acked(self.holdings.workers[event.worker])
-        self._check_complete()
+        worker = self.holdings.workers[event.worker]
+        if self.holdings.accept_off_acked(worker) and worker.id in self._move.incumbents:
+            self._move.accept_off_acked(worker)
+            self._check_complete()
 
     def _frozen(self, event: FromWorker) -> None:
         self._move.frozen(event)
@@ -309,9 +310,11 @@ class Machine:
 
     def _accept_off_acked_in_roll_back(self, event: FromWorker) -> None:
         """The replacement's last lends are in; they go back too."""
-        self.holdings.workers[event.worker].is_off = True
-        self._move.freeze_replacements()
-        self._check_back()
+        worker = self.holdings.workers[event.worker]
+        if self.holdings.accept_off_acked(worker):
+            worker.is_off = True
+            self._move.freeze_replacements()
+            self._check_back()
 
     def _check_back(self) -> None:
         change, move, holdings = self._under_way, self._move, self.holdings
@@ -372,6 +375,8 @@ class Machine:
         if self._stop_wanted is not None:
             self._stop(self._stop_wanted)
             return
+        for worker in holdings.serving():
+            holdings.admit(worker.id)
         holdings.restore_strength()
         if self._is_remembered:
             self._is_remembered = False
@@ -401,7 +406,12 @@ class Machine:
 
     def _release_in_change(self, event: FromWorker) -> None:
         self.holdings.release(event, self._move.note_ended)
+        self.holdings.regain_room()  # who serves after the change is admitted at its end
         self._check()
+
+    def _accept_off_acked_in_peace(self, event: FromWorker) -> None:
+        """The holder was full, or a roll-back ended before this came."""
+        self.holdings.accept_off_acked(self.holdings.workers[event.worker])
 
     # ---- deaths
 
@@ -498,7 +508,7 @@ class Machine:
         **dict.fromkeys(itertools.product(_LIVING, [messages.Release]), _release),
         **dict.fromkeys(itertools.product(_LIVING, [messages.Staged]), _staged),  # of what is refused by now
         **dict.fromkeys(itertools.product(_LIVING, [messages.Gathered]), _void),  # of a move that was rolled back
-        **dict.fromkeys(itertools.product(_LIVING, [messages.AcceptOffAck]), _void),  # the holder was full
+        **dict.fromkeys(itertools.product(_LIVING, [messages.AcceptOffAck]), _accept_off_acked_in_peace),
         **dict.fromkeys(itertools.product(_CHANGING, [messages.Release]), _release_in_change),
         **dict.fromkeys(itertools.product(_CHANGING, [Reload]), _busy),
         # -------------------------------- serving

@@ -94,8 +94,7 @@ def encode(message: Message, *, descriptors: int = 0, version: int = WIRE_VERSIO
         if len(values_of) != rows:
             raise WireError(f"{type(message).__name__}.{name} has {len(values_of)} values for {rows} rows")
         parts.append(struct.pack(f"<{rows}{code}", *values_of))
-    for name in layout.blobs:
-        parts.append(struct.pack(f"<{rows}I", *map(len, getattr(message, name))))
+    parts.extend(struct.pack(f"<{rows}I", *map(len, getattr(message, name))) for name in layout.blobs)
     for name in layout.blobs:
         parts.extend(getattr(message, name))
     header = Header(version, message.KIND, rows, rare_bytes, descriptors, 0)

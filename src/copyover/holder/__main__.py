@@ -55,7 +55,7 @@ def _listen(config: Config) -> list[listeners.Listener]:
         return bound
     try:
         for address in config.addresses:
-            bound.append(listeners.bind(address))  # noqa: PERF401  # those bound before a failure are closed
+            bound.append(listeners.bind(address))  # those bound before a failure are closed
     except CopyoverError:
         listeners.close_all(bound)
         raise

@@ -189,7 +189,7 @@ class Daemon:
             if event.worker in self._hands:
                 self._hands[event.worker].child.kill()
 
-    def _perform(self, effect: events.Effect) -> None:
+    def _perform(self, effect: events.Effect) -> None:  # noqa: C901  # one case an effect
         match effect:
             case events.Send(worker, message, descriptors):
                 self._send(worker, message, descriptors)

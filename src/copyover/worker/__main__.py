@@ -64,7 +64,7 @@ def main() -> None:
         leave(0)
 
 
-async def _serve(
+async def _serve(  # noqa: PLR0917  # each is used once, here
     channel: Channel,
     application: Application[Any],
     listeners: list[tuple[str, socket.socket]],
@@ -75,7 +75,7 @@ async def _serve(
     if application.startup is not None:
         try:
             await application.startup()
-        except Exception as problem:
+        except Exception as problem:  # noqa: BLE001  # whatever startup raises refuses the reload
             _fail(channel, StartupFailed(f"startup raised {type(problem).__name__}: {problem}"), problem)
     runtime = Runtime(asyncio.get_running_loop(), channel, application, listeners, _limits(welcome.options))
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, runtime.terminate)

@@ -9,23 +9,40 @@ from __future__ import annotations
 
 import collections
 import enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 
 from copyover import messages
 from copyover.errors import IllegalEvent
+from copyover.worker.effects import (
+    Accept,
+    Build,
+    Discard,
+    Effect,
+    Export,
+    Halt,
+    ImportShared,
+    MoveBegins,
+    MoveEnds,
+    Restore,
+    Retire,
+    Send,
+    Serve,
+    SetTimer,
+    StopServing,
+    Withdraw,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
-    from typing import Any
 
 
 _AGAIN_S = 0.05
 
 
 class Standing(enum.Enum):
-    """What this worker does with a connection. All transitions are in this module."""
+    """What this worker does with a connection. All transitions are methods of the Agent."""
 
     SERVING = "serving"
     FREEZING = "freezing"  # asked to stop, not at a boundary yet
@@ -46,133 +63,6 @@ class Seat:
     halted_ns: int = 0
 
 
-# ---- effects
-
-
-@attrs.frozen
-class Send:
-    """*cookies* names the descriptors that go along."""
-
-    message: messages.Message
-    cookies: tuple[int, ...] = ()
-
-
-@attrs.frozen
-class Build:
-    """Make paused connections of the descriptors that came with the message."""
-
-    cookies: tuple[int, ...]
-    listeners: tuple[int, ...]
-
-
-@attrs.frozen
-class Halt:
-    """Ask these to stop at a boundary; answer with ``halted`` for those that stand at one, then and later."""
-
-    batch: int
-    cookies: tuple[int, ...]
-
-
-@attrs.frozen
-class Withdraw:
-    """Let these go on; answer with ``withdrawn`` and why they never stopped."""
-
-    cookies: tuple[int, ...]
-
-
-@attrs.frozen
-class Export:
-    """Take the records of these; with *is_cut* the shared state too. Answer with ``exported``."""
-
-    batch: int
-    cookies: tuple[int, ...]
-    is_cut: bool
-
-
-@attrs.frozen
-class Restore:
-    """Give these their records, or with UNSERVED wake their own; answer with ``restored``."""
-
-    cookies: tuple[int, ...]
-    records: tuple[messages.Record, ...]
-
-
-@attrs.frozen
-class ImportShared:
-    """Give the application the shared states that the cut came with; if it fails, nothing after it is performed."""
-
-    shared: tuple[bytes, ...]
-
-
-@attrs.frozen
-class Serve:
-    """Enter these; with *is_cut* read no input before all are entered. Their ``adopted`` is queued already."""
-
-    cookies: tuple[int, ...]
-    is_cut: bool
-
-
-@attrs.frozen
-class Discard:
-    """Close our copies and let their coroutines sleep: somebody else serves them, or nobody."""
-
-    cookies: tuple[int, ...]
-
-
-@attrs.frozen
-class Accept:
-    is_on: bool
-
-
-@attrs.frozen
-class MoveBegins:
-    """No garbage collection from here to MoveEnds."""
-
-
-@attrs.frozen
-class MoveEnds:
-    pass
-
-
-@attrs.frozen
-class Retire:
-    """Finish what is still served, for at most *drain_s*, then go."""
-
-    drain_s: float
-
-
-@attrs.frozen
-class StopServing:
-    """Close each connection at its boundary, the rest after *drain_s*, then go."""
-
-    drain_s: float
-
-
-@attrs.frozen
-class SetTimer:
-    name: str
-    after_s: float
-
-
-Effect = (
-    Send
-    | Build
-    | Halt
-    | Withdraw
-    | Export
-    | Restore
-    | ImportShared
-    | Serve
-    | Discard
-    | Accept
-    | MoveBegins
-    | MoveEnds
-    | Retire
-    | StopServing
-    | SetTimer
-)
-
-
 class Agent:
     """
     All connections of one worker and what the holder was told of them.
@@ -186,6 +76,7 @@ class Agent:
         self._acked = 0
         self._staged = 0
         self._gathering: set[int] | None = None  # of a cut: those that have not stopped yet
+        self._gather_timer = ""
         self._waiting: dict[int, list[int]] = {}  # by batch: those that were asked to stop
         self._thawed: dict[int, Seat] = {}
 
@@ -197,7 +88,7 @@ class Agent:
             IllegalEvent: it means nothing here.
 
         """
-        transition = _TRANSITIONS.get(type(message))
+        transition = self._TRANSITIONS.get(type(message))
         if transition is None:
             raise IllegalEvent(f"a worker takes no {type(message).__name__}")
         return transition(self, message, now_ns)
@@ -302,7 +193,8 @@ class Agent:
         effects: list[Effect] = []
         if self._gathering is None:
             self._gathering = set()
-            effects.append(SetTimer("gather", message.gather_ms / 1000))
+            self._gather_timer = f"gather {message.batch}"
+            effects.append(SetTimer(self._gather_timer, message.gather_ms / 1000))
         self._gathering.update(running)
         if message.more:
             # Held open by this mark until the last packet of the cut has come.
@@ -365,10 +257,18 @@ class Agent:
         ]
         if asked.batch and not effects:
             effects.append(Send(messages.Frozen(batch=asked.batch)))
-        effects += self._refuse(refusals)
+        effects += self._refuse_or_give_back(refusals)
         if asked.is_cut:
             effects.append(Send(messages.Gathered(shared=() if shared is None else (shared,))))
         return effects
+
+    def _refuse_or_give_back(self, reasons: Mapping[int, str]) -> list[Effect]:
+        """What was never entered here is given back whole: the holder has its record."""
+        unentered = tuple(cookie for cookie in reasons if self.seats[cookie].standing is Standing.THAWED)
+        effects = self._refuse(reasons)
+        for cookie in unentered:
+            del self.seats[cookie]
+        return [*effects, Discard(unentered)] if unentered else effects
 
     def withdrawn(self, reasons: Mapping[int, str]) -> list[Effect]:
         """These never reached a boundary, and go on here."""
@@ -391,11 +291,11 @@ class Agent:
 
     def timer(self, name: str) -> list[Effect]:
         """Take a timer that was set; one whose reason is gone does nothing."""
-        if name == "gather":
-            if self._gathering is None:
+        if name.startswith("gather "):
+            if self._gathering is None or name != self._gather_timer:
                 return []
             # -1: the rest of the cut is still on its way.
-            return [SetTimer("gather", _AGAIN_S)] if -1 in self._gathering else self._close_cut()
+            return [SetTimer(name, _AGAIN_S)] if -1 in self._gathering else self._close_cut()
         batch = int(name.removeprefix("wait "))
         late = []
         for cookie in self._waiting.pop(batch, ()):
@@ -459,6 +359,22 @@ class Agent:
     def _stop(self, message: messages.Stop, _: int) -> list[Effect]:
         return [Accept(is_on=False), StopServing(message.drain_ms / 1000)]
 
+    # ---- the table
+
+    _TRANSITIONS: ClassVar[dict[type[messages.Message], Callable[[Agent, Any, int], list[Effect]]]] = {
+        messages.LendAck: _lend_ack,
+        messages.AcceptOn: _accept_on,
+        messages.AcceptOff: _accept_off,
+        messages.Stage: _stage,
+        messages.Drop: _drop,
+        messages.Freeze: _freeze,
+        messages.Thaw: _thaw,
+        messages.Enter: _enter,
+        messages.Commit: _commit,
+        messages.MoveOver: _move_over,
+        messages.Stop: _stop,
+    }
+
 
 def _chunks(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
     return (items[at : at + size] for at in range(0, len(items), size))
@@ -466,18 +382,3 @@ def _chunks(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
 
 def _marked(chunks: Iterable[Sequence[Any]]) -> Iterable[tuple[bool, Sequence[Any]]]:
     return ((place == 0, chunk) for place, chunk in enumerate(chunks))
-
-
-_TRANSITIONS: dict[type[messages.Message], Callable[[Agent, Any, int], list[Effect]]] = {
-    messages.LendAck: Agent._lend_ack,
-    messages.AcceptOn: Agent._accept_on,
-    messages.AcceptOff: Agent._accept_off,
-    messages.Stage: Agent._stage,
-    messages.Drop: Agent._drop,
-    messages.Freeze: Agent._freeze,
-    messages.Thaw: Agent._thaw,
-    messages.Enter: Agent._enter,
-    messages.Commit: Agent._commit,
-    messages.MoveOver: Agent._move_over,
-    messages.Stop: Agent._stop,
-}

@@ -10,14 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-import enum
-import time
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import attrs
 
 from copyover.errors import ConnectionClosed, CopyoverError, LimitExceeded, Moved
 from copyover.messages import Record, RecordFlag
+from copyover.worker.boundary import Course, Standing
 from copyover.worker.transport import Phase
 
 if TYPE_CHECKING:
@@ -49,14 +48,7 @@ class CannotFreeze(CopyoverError):
     """The connection stands at a boundary and still cannot travel; the text says why."""
 
 
-class Course(enum.Enum):
-    RUNNING = "running"
-    ASKED = "asked"  # to halt at its next boundary
-    HALTED = "halted"  # stands at a boundary; pushes still reach its unsent bytes
-    FROZEN = "frozen"  # its record is taken: it is inert
-
-
-class Connection(Generic[S]):
+class Connection(Standing, Generic[S]):
     """
     One live client, across every reload.
 
@@ -64,54 +56,18 @@ class Connection(Generic[S]):
     true. A move raises nothing: the coroutine here stays suspended for good.
     """
 
-    __slots__ = (
-        "_busy",
-        "_course",
-        "_drainers",
-        "_gate",
-        "_idle",
-        "_is_waiting",
-        "_limits",
-        "_loop",
-        "_on_halt",
-        "_peer",
-        "_pins",
-        "_stopping",
-        "_transport",
-        "_waiter",
-        "cookie",
-        "halted_ns",
-        "listener",
-        "on_boundary",
-        "resumed",
-        "state",
-    )
+    __slots__ = ("_limits", "_peer", "cookie", "listener", "resumed", "state")
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, transport: Transport, *, cookie: int, listener: str, limits: Limits
     ) -> None:
-        self._loop = loop
-        self._transport = transport
+        super().__init__(loop, transport)
         self._limits = limits
         self.cookie = cookie
         self.listener = listener
         self.resumed = False
         self.state: S
-        self.halted_ns = 0
-        # Called once, at the first boundary after the handler was entered.
-        self.on_boundary: Callable[[Connection[S]], None] | None = None
         self._peer: object = None
-        self._course = Course.RUNNING
-        self._on_halt: Callable[[Connection[S]], None] | None = None
-        self._gate: asyncio.Event | None = None
-        self._waiter: asyncio.Future[None] | None = None
-        self._drainers: list[asyncio.Future[None]] | None = None
-        self._idle: asyncio.Future[object] | None = None
-        self._busy: str | None = None  # what took it away from its last boundary
-        self._pins: list[str] | None = None
-        self._is_waiting = False
-        self._stopping = False
-        transport.on_change = self._changed
 
     def __repr__(self) -> str:
         return f"<Connection {self.cookie} on {self.listener} {self._course.value}>"
@@ -181,7 +137,7 @@ class Connection(Generic[S]):
 
     async def read(self, most: int = 64 << 10) -> bytes:
         """Return at least one byte and at most *most*, or b"" at the end of the connection."""
-        await self._wait_until(lambda buffer: bool(buffer))
+        await self._wait_until(len)
         return self._take(min(most, len(self._transport.input)), "read()")
 
     async def read_exactly(self, count: int) -> bytes:
@@ -233,15 +189,15 @@ class Connection(Generic[S]):
             ConnectionClosed: the connection has ended.
 
         """
-        while self._gate is not None:
-            await self._gate.wait()
+        await self._pass_gate()
         self._check_open()
         if current.get() is self:
             self._busy = "write()"
         earlier = len(self._transport.output)
         self._transport.write(data)
         if earlier > WRITE_AHEAD_BYTES:
-            await self._wait_until_sent(WRITE_AHEAD_BYTES + len(data))
+            await self._wait_until_sent(WRITE_AHEAD_BYTES + len(data), self._limits.record_bytes)
+            self._check_open()
 
     def push(self, data: bytes | bytearray | memoryview) -> None:
         """
@@ -261,8 +217,7 @@ class Connection(Generic[S]):
 
     async def close(self) -> None:
         """End the connection: what is unsent is sent, then FIN. The handler may return instead."""
-        while self._gate is not None:
-            await self._gate.wait()
+        await self._pass_gate()
         self._transport.finish()
 
     def abort(self) -> None:
@@ -289,8 +244,7 @@ class Connection(Generic[S]):
     async def boundary(self) -> None:
         """Say that all messages so far are whole: here it may be frozen, and entered again from its top."""
         self._arrive()
-        if self._course is Course.ASKED and not self._pins:
-            await self._halt()
+        await self._halt_if_asked()
 
     async def idle(self, awaitable: Awaitable[T]) -> T:
         """
@@ -308,9 +262,8 @@ class Connection(Generic[S]):
         waited.add_done_callback(lambda _: self._wake())
         try:
             while not waited.done():
-                if self._course is Course.ASKED and not self._pins:
-                    await self._halt()
-                if self._transport.error is not None or self._stopping:
+                await self._halt_if_asked()
+                if self._transport.error is not None or self._is_stopping:
                     self._check_open()
                     raise ConnectionClosed("the server is stopping")
                 await self._wait()
@@ -331,13 +284,6 @@ class Connection(Generic[S]):
         finally:
             self._pins.remove(reason)
 
-    def _arrive(self) -> None:
-        """A boundary: everything before it is complete."""
-        self._busy = None
-        if self.on_boundary is not None:
-            arrived, self.on_boundary = self.on_boundary, None
-            arrived(self)
-
     def _take(self, count: int, how: str) -> bytes:
         buffer = self._transport.input
         data = bytes(memoryview(buffer)[:count])
@@ -346,13 +292,12 @@ class Connection(Generic[S]):
         self._transport.consumed()
         return data
 
-    async def _wait_until(self, is_enough: Callable[[bytearray], bool]) -> None:
+    async def _wait_until(self, is_enough: Callable[[bytearray], object]) -> None:
         """Wait for input, or for the end. Freezable as long as nothing was consumed or written since a boundary."""
         if self._busy is None:
             self._arrive()
         while True:
-            if self._course is Course.ASKED and self._busy is None and not self._pins:
-                await self._halt()
+            await self._halt_if_asked()
             if is_enough(self._transport.input) or self.is_over:
                 return
             await self._wait()
@@ -361,8 +306,7 @@ class Connection(Generic[S]):
         """Return the next message, None at the end; for the iterators."""
         self._arrive()
         while True:
-            if self._course is Course.ASKED and self._busy is None and not self._pins:
-                await self._halt()
+            await self._halt_if_asked()
             message = take()
             if message is not None:
                 self._busy = how
@@ -372,116 +316,9 @@ class Connection(Generic[S]):
                 return None
             await self._wait()
 
-    @property
-    def is_over(self) -> bool:
-        """Nothing more is to be read: the client has ended it, or the server is stopping."""
-        transport = self._transport
-        return transport.is_ended or self._stopping or transport.phase is not Phase.OPEN
-
-    async def _wait(self) -> None:
-        """Sleep until something changed, and as long as the connection is halted."""
-        self._is_waiting = True
-        self._waiter = self._loop.create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
-            self._is_waiting = False
-        while self._gate is not None:
-            await self._gate.wait()
-
-    async def _wait_until_sent(self, most: int) -> None:
-        while len(self._transport.output) > most and self._transport.phase is Phase.OPEN:
-            if self._course is not Course.RUNNING and len(self._transport.output) < self._limits.record_bytes:
-                return  # the unsent bytes travel: let the handler get to its boundary
-            drained = self._loop.create_future()
-            self._drainers = [*(self._drainers or []), drained]
-            await drained
-        while self._gate is not None:
-            await self._gate.wait()
-        self._check_open()
-
-    async def _halt(self) -> None:
-        self._halt_now()
-        on_halt = self._on_halt
-        if on_halt is not None:
-            on_halt(self)
-        while self._gate is not None:
-            await self._gate.wait()
-
-    def _halt_now(self) -> None:
-        self._course = Course.HALTED
-        self._gate = asyncio.Event()
-        self.halted_ns = time.monotonic_ns()
-        self._transport.pause()
-
-    def _changed(self) -> None:
-        """The transport's news."""
-        self._wake()
-        if self._drainers:
-            self._wake_drainers()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    def _wake_drainers(self) -> None:
-        drainers, self._drainers = self._drainers or [], None
-        for drained in drainers:
-            if not drained.done():
-                drained.set_result(None)
-
     # ---- for the runtime
 
-    @property
-    def course(self) -> Course:
-        return self._course
-
-    @property
-    def transport(self) -> Transport:
-        return self._transport
-
-    @property
-    def is_at_boundary(self) -> bool:
-        if self._transport.phase in (Phase.FINISHING, Phase.LINGERING):
-            return True  # its handler has returned; only bytes are left
-        is_idle_over = self._idle is not None and self._idle.done()
-        return self._is_waiting and self._busy is None and not self._pins and not is_idle_over
-
-    @property
-    def reason(self) -> str:
-        """Why it is not at a boundary, for operators."""
-        if self._pins:
-            return self._pins[-1]
-        if self._idle is not None and self._idle.done():
-            return "what it idled for has just come"
-        return f"in the middle of a message, since its {self._busy}" if self._busy else "it has not reached a boundary"
-
-    def ask_to_halt(self, on_halt: Callable[[Connection[S]], None]) -> bool:
-        """Halt at the next boundary; True when it stands at one now, else *on_halt* is called then."""
-        if self.is_at_boundary:
-            self._halt_now()
-            return True
-        self._course = Course.ASKED
-        self._on_halt = on_halt
-        self._wake_drainers()
-        return False
-
-    def go_on(self) -> None:
-        """Serve on, from where it was halted; the very coroutine."""
-        self._course = Course.RUNNING
-        self._on_halt = None
-        if self._gate is not None:
-            gate, self._gate = self._gate, None
-            gate.set()
-            self._transport.start()
-
-    def stop(self) -> None:
-        """End at the next boundary, as if the client had."""
-        self._stopping = True
-        self._wake()
-
-    def export(self, *, schema: int, state: bytes, is_cut: bool) -> Record:
+    def export(self, *, schema: int, state: bytes) -> Record:
         """
         Take its record; from here it is inert.
 
@@ -490,7 +327,7 @@ class Connection(Generic[S]):
 
         """
         transport = self._transport
-        flags = RecordFlag.CUT if is_cut else RecordFlag(0)
+        flags = RecordFlag(0)
         if transport.phase is not Phase.OPEN:
             flags |= RecordFlag.FINISHED
         if transport.phase is Phase.LINGERING:

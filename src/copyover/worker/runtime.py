@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import errno
+import functools
 import gc
 import json
 import logging
@@ -19,25 +19,28 @@ import time
 from typing import TYPE_CHECKING, Any, assert_never
 
 from copyover import messages
-from copyover.errors import ChannelClosed, CopyoverError, LimitExceeded
+from copyover.errors import ChannelClosed, CopyoverError, IllegalEvent, LimitExceeded, WireError
 from copyover.sockets import cookie_of
-from copyover.worker import agent as agents
+from copyover.worker import effects
+from copyover.worker.accepting import Acceptor
+from copyover.worker.agent import Agent
 from copyover.worker.application import json_bytes
-from copyover.worker.connection import CannotFreeze, Connection, Course, Limits, current
+from copyover.worker.boundary import Course
+from copyover.worker.connection import CannotFreeze, Connection, Limits, current
 from copyover.worker.transport import Phase, Transport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from copyover.channel import Channel
+    from copyover.channel import Channel, Packet
     from copyover.worker.application import Application
 
 log = logging.getLogger("copyover.worker")
 
-ACCEPT_BATCH = 128
 PACKETS_A_TURN = 16
 ENTER_S = 1.0  # how long a cut waits for handlers that do not reach a boundary before input is read
 EXIT_S = 5.0
+LAST_S = 1.0
 
 _JSON_SHARED = b"j"
 _BYTES_SHARED = b"b"
@@ -57,9 +60,11 @@ class Runtime:
         self._loop = loop
         self._channel: Channel | None = channel
         self._application = application
-        self._listeners = listeners
+        self._names = [name for name, _ in listeners]
+        self._listeners = [listener for _, listener in listeners]
+        self._acceptor = Acceptor(loop, self._listeners, self._accepted)
         self._limits = limits
-        self._agent = agents.Agent()
+        self._agent = Agent()
         self._connections: dict[int, Connection[Any]] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
         # Coroutines of connections that moved: destroyed, they would run their finally blocks.
@@ -67,7 +72,6 @@ class Runtime:
         self._incoming: list[int] = []
         self._ended: dict[int, messages.How] = {}
         self._how: messages.How | None = None  # what ends connections from outside, once this worker is leaving
-        self._is_accepting = False
         self._is_leaving = False
         self._exit: asyncio.Future[None] = loop.create_future()
         channel.on_backlog = self._on_backlog
@@ -77,7 +81,7 @@ class Runtime:
         assert self._channel is not None
         self._loop.add_reader(self._channel.fileno(), self._channel_readable)
         await self._exit
-        self._watch_listeners()
+        self._acceptor.switch(is_on=False)
         if self._application.shutdown is not None:
             try:
                 await asyncio.wait_for(self._application.shutdown(), EXIT_S)
@@ -97,10 +101,24 @@ class Runtime:
             except ChannelClosed:
                 self._detach()
                 return
+            except WireError as problem:
+                self._object(problem)
+                return
             with packet:
-                self._flush_ended()
-                self._incoming = packet.take() if isinstance(packet.message, messages.Stage) else []
-                self._perform(self._agent.handle(packet.message, time.monotonic_ns()))
+                self._take(packet)
+
+    def _take(self, packet: Packet) -> None:
+        self._flush_ended()
+        self._incoming = packet.take() if isinstance(packet.message, messages.Stage) else []
+        try:
+            self._perform(self._agent.handle(packet.message, time.monotonic_ns()))
+        except (IllegalEvent, WireError) as problem:
+            self._object(problem)
+
+    def _object(self, problem: CopyoverError) -> None:
+        """The holder sent what means nothing here: a move under way must not go on, those that are served must."""
+        log.error("event=refused problem=%r", str(problem))
+        self.send(messages.Failed(reason=f"a worker could not follow the holder: {problem}", status=3))
 
     def _detach(self) -> None:
         """The holder is gone: serve on, and accept; nothing can be lent."""
@@ -109,9 +127,10 @@ class Runtime:
         log.warning("the holder is gone; this worker serves on without it and cannot be reloaded")
         self._loop.remove_reader(self._channel.fileno())
         self._loop.remove_writer(self._channel.fileno())
-        self._channel.close()
-        self._channel = None
-        self._watch_listeners()
+        channel, self._channel = self._channel, None
+        channel.close()
+        self._acceptor.hold("backlog", is_held=False)
+        gc.enable()
 
     def _on_backlog(self, is_full: bool) -> None:  # noqa: FBT001
         if self._channel is None:
@@ -120,7 +139,7 @@ class Runtime:
             self._loop.add_writer(self._channel.fileno(), self._flush_channel)
         else:
             self._loop.remove_writer(self._channel.fileno())
-        self._watch_listeners()
+        self._acceptor.hold("backlog", is_held=is_full)
         self._leave_if_done()
 
     def _flush_channel(self) -> None:
@@ -138,56 +157,53 @@ class Runtime:
             try:
                 self._channel.send(message, descriptors, on_sent)
             except ChannelClosed:
-                self._detach()
-            else:
-                return
-        if on_sent is not None:
+                self._detach()  # closing the channel calls on_sent
+        elif on_sent is not None:
             on_sent()
 
     # ---- effects
 
-    def _perform(self, effects: list[agents.Effect]) -> None:
-        for effect in effects:
+    def _perform(self, wanted: list[effects.Effect]) -> None:  # noqa: C901, PLR0912  # one case an effect
+        for effect in wanted:
             match effect:
-                case agents.Send(message, cookies):
+                case effects.Send(message, cookies):
                     self._send_effect(message, cookies)
-                case agents.Build(cookies, listeners):
+                case effects.Build(cookies, listeners):
                     self._build_staged(cookies, listeners)
-                case agents.Halt(batch, cookies):
-                    halted = [c for c in cookies if self._connections[c].ask_to_halt(self._halted_late)]
-                    self._perform(self._agent.halted(batch, halted))
-                case agents.Withdraw(cookies):
+                case effects.Halt(batch, cookies):
+                    self._perform(self._agent.halted(batch, self._halt(cookies)))
+                case effects.Withdraw(cookies):
                     self._perform(self._agent.withdrawn({cookie: self._let_go_on(cookie) for cookie in cookies}))
-                case agents.Export():
+                case effects.Export():
                     self._export(effect)
-                case agents.Restore(cookies, records):
+                case effects.Restore(cookies, records):
                     self._restore(cookies, records)
-                case agents.ImportShared(shared):
+                case effects.ImportShared(shared):
                     self._import_shared(shared)
-                case agents.Serve(cookies, is_cut):
+                case effects.Serve(cookies, is_cut):
                     self._serve(cookies, is_cut=is_cut)
-                case agents.Discard(cookies):
+                case effects.Discard(cookies):
                     self._discard(cookies)
-                case agents.Accept(is_on):
-                    self._is_accepting = is_on
-                    self._watch_listeners()
-                case agents.MoveBegins():
+                case effects.Accept(is_on):
+                    self._acceptor.switch(is_on=is_on)
+                case effects.MoveBegins():
                     # A generation-2 collection alone is a pause of 69 ms at 15 000 connections.
                     gc.freeze()
                     gc.disable()
-                case agents.MoveEnds():
+                case effects.MoveEnds():
                     gc.unfreeze()
                     gc.enable()
-                case agents.Retire(drain_s):
+                case effects.Retire(drain_s):
                     self._retire(drain_s)
-                case agents.StopServing(drain_s):
+                case effects.StopServing(drain_s):
                     self._stop_serving(drain_s)
-                case agents.SetTimer(name, after_s):
+                case effects.SetTimer(name, after_s):
                     self._loop.call_later(after_s, self._timer_fired, name)
                 case _:
                     assert_never(effect)
 
     def _timer_fired(self, name: str) -> None:
+        self._flush_ended()
         self._perform(self._agent.timer(name))
 
     def _send_effect(self, message: messages.Message, cookies: tuple[int, ...]) -> None:
@@ -197,42 +213,13 @@ class Runtime:
         else:
             self.send(message)
 
-    # ---- accepting
+    # ---- fresh connections
 
-    def _watch_listeners(self) -> None:
-        is_open = self._is_accepting and not self._exit.done() and not (self._channel and self._channel.has_backlog)
-        for place, (_, listener) in enumerate(self._listeners):
-            if is_open:
-                self._loop.add_reader(listener, self._accept, place)
-            else:
-                self._loop.remove_reader(listener)
-
-    def _accept(self, place: int) -> None:
-        """Take what waits and lend it, before the first read of any."""
-        name, listener = self._listeners[place]
-        cookies = []
-        for _ in range(ACCEPT_BATCH):
-            try:
-                sock, _address = listener.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                break
-            except OSError as problem:
-                self._accept_failed(problem)
-                break
-            sock.setblocking(False)
-            connection = self._build(sock, cookie_of(sock), name)
-            connection.state = self._application.state()
-            cookies.append(connection.cookie)
-        if cookies:
-            self._perform(self._agent.accepted(cookies, place))
-
-    def _accept_failed(self, problem: OSError) -> None:
-        if problem.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-            raise problem
-        log.warning("accepting pauses for a second, clients wait in the backlog: %s", problem)
-        for _, listener in self._listeners:
-            self._loop.remove_reader(listener)
-        self._loop.call_later(1.0, self._watch_listeners)
+    def _accepted(self, place: int, socks: list[socket.socket]) -> None:
+        """Lend them, before the first read of any."""
+        self._flush_ended()
+        cookies = [self._build(sock, cookie_of(sock), self._names[place]).cookie for sock in socks]
+        self._perform(self._agent.accepted(cookies, place))
 
     def _build(self, sock: socket.socket, cookie: int, listener: str) -> Connection[Any]:
         transport = Transport(self._loop, sock)
@@ -256,17 +243,19 @@ class Runtime:
 
     async def _handle(self, connection: Connection[Any]) -> None:
         try:
+            if not connection.resumed:
+                connection.state = self._application.state()
             await self._application.handler(connection)
         except LimitExceeded as problem:
             log.warning("connection=%d closed: %s", connection.cookie, problem)
-        except (ConnectionError, asyncio.IncompleteReadError):
-            pass  # the client went in the middle; its handler did not mind
-        except Exception:
-            log.exception("connection=%d the handler failed", connection.cookie)
-            connection.transport.abort()
+        except Exception as problem:
+            # That the client went in the middle of a message is its own business, and no failure of the handler.
+            if not (connection.is_over and isinstance(problem, (ConnectionError, asyncio.IncompleteReadError))):
+                log.exception("connection=%d the handler failed", connection.cookie)
+                connection.transport.abort()
         finally:
             if connection.on_boundary is not None:
-                connection.on_boundary(connection)
+                connection.on_boundary()
             connection.transport.finish()
 
     # ---- endings
@@ -297,8 +286,7 @@ class Runtime:
         if not self._is_leaving:
             log.info("event=retiring connections=%d", len(self._connections))
         self._is_leaving = True
-        self._is_accepting = False
-        self._watch_listeners()
+        self._acceptor.switch(is_on=False)
         self._loop.call_later(drain_s, self._end_all, messages.How.EXPIRED)
         self._leave_if_done()
 
@@ -311,9 +299,19 @@ class Runtime:
         self._leave_if_done()
 
     def _end_all(self, how: messages.How) -> None:
+        """The limit is reached: send what is unsent, for a second, then break off."""
         self._how = how
         for connection in list(self._connections.values()):
-            connection.transport.abort()
+            connection.stop()
+            connection.transport.finish()
+        self._loop.call_later(LAST_S, self._break_off)
+
+    def _break_off(self) -> None:
+        for connection in list(self._connections.values()):
+            if connection.transport.phase is Phase.LINGERING:
+                connection.transport.close()
+            else:
+                connection.transport.abort()
 
     def _leave_if_done(self) -> None:
         is_told = self._channel is None or not self._channel.has_backlog
@@ -325,21 +323,28 @@ class Runtime:
         if self._channel is not None:
             log.warning("a worker leaves when its holder says so; send SIGTERM to the holder")
         else:
-            self._is_accepting = False
-            self._watch_listeners()
+            self._acceptor.switch(is_on=False)
             self._stop_serving(EXIT_S)
 
     # ---- the move
 
     def _build_staged(self, cookies: tuple[int, ...], listeners: tuple[int, ...]) -> None:
         for cookie, place, descriptor in zip(cookies, listeners, self._incoming, strict=True):
-            name, listener = self._listeners[place]
+            listener = self._listeners[place]
             sock = socket.socket(listener.family, listener.type, listener.proto, fileno=descriptor)
-            self._build(sock, cookie, name)
+            if cookie_of(sock) != cookie:
+                raise WireError(f"what was staged as connection {cookie} is connection {cookie_of(sock)}")
+            self._build(sock, cookie, self._names[place])
         self._incoming = []
 
-    def _halted_late(self, connection: Connection[Any]) -> None:
-        self._perform(self._agent.halted(0, [connection.cookie]))
+    def _halt(self, cookies: tuple[int, ...]) -> list[int]:
+        """Return those that stand at a boundary; the others report when they do."""
+        on_halt = {cookie: functools.partial(self._halted_late, cookie) for cookie in cookies}
+        return [cookie for cookie in cookies if self._connections[cookie].ask_to_halt(on_halt[cookie])]
+
+    def _halted_late(self, cookie: int) -> None:
+        self._flush_ended()
+        self._perform(self._agent.halted(0, [cookie]))
 
     def _let_go_on(self, cookie: int) -> str:
         connection = self._connections[cookie]
@@ -347,21 +352,22 @@ class Runtime:
         connection.go_on()
         return reason
 
-    def _export(self, asked: agents.Export) -> None:
+    def _export(self, asked: effects.Export) -> None:
         records: dict[int, messages.Record] = {}
         refusals: dict[int, str] = {}
         for cookie in asked.cookies:
             connection = self._connections[cookie]
             try:
                 state = self._application.encode_state(connection.state)
-                records[cookie] = connection.export(schema=self._application.schema, state=state, is_cut=asked.is_cut)
-            except Exception as problem:
+                records[cookie] = connection.export(schema=self._application.schema, state=state)
+            except Exception as problem:  # noqa: BLE001  # whatever encode raises keeps the connection here
                 refusals[cookie] = _sentence(problem)
                 log.warning("connection=%d stays: %s", cookie, refusals[cookie])
         shared = self._export_shared() if asked.is_cut else None
         self._perform(self._agent.exported(asked, records, refusals, shared))
         for cookie in refusals:
-            self._connections[cookie].go_on()
+            if cookie in self._connections:
+                self._connections[cookie].go_on()
 
     def _export_shared(self) -> bytes | None:
         if self._application.export_shared is None:
@@ -369,19 +375,17 @@ class Runtime:
         try:
             shared = self._application.export_shared()
             return _BYTES_SHARED + shared if isinstance(shared, bytes) else _JSON_SHARED + json_bytes(shared, "shared")
-        except Exception as problem:
+        except Exception as problem:  # whatever the application raises refuses the move
             log.exception("export_shared failed")
             self.send(messages.Failed(reason=f"the incumbent's export_shared: {_sentence(problem)}", status=3))
             return None
 
     def _import_shared(self, shared: tuple[bytes, ...]) -> None:
-        take = self._application.import_shared
+        take = self._application.import_shared or _no_import_shared
         try:
             for part in shared:
-                if take is None:
-                    raise CannotFreeze("the incumbent shares state and this release has no import_shared")
                 take(json.loads(part[1:]) if part[:1] == _JSON_SHARED else part[1:])
-        except Exception as problem:
+        except Exception as problem:  # whatever the application raises refuses the move
             log.exception("import_shared failed")
             self.send(messages.Failed(reason=f"the replacement's import_shared: {_sentence(problem)}", status=3))
             leave(3)
@@ -396,7 +400,7 @@ class Runtime:
                 connection = self._rebuild(connection)
             try:
                 state = self._application.decode_state(record.state, record.schema)
-            except Exception as problem:
+            except Exception as problem:  # noqa: BLE001  # whatever decode raises gives the connection back
                 failures[cookie] = f"its state cannot be read by the replacement: {_sentence(problem)}"
                 log.warning("connection=%d %s", cookie, failures[cookie])
             else:
@@ -446,13 +450,12 @@ class _Cut:
         self._absent = {connection.cookie for connection in connections}
         self._deadline = loop.call_later(ENTER_S, self._read)
         for connection in connections:
-            connection.on_boundary = self._arrived
+            connection.on_boundary = functools.partial(self._arrived, connection.cookie)
         if not connections:
             self._read()
 
-    def _arrived(self, connection: Connection[Any]) -> None:
-        connection.on_boundary = None
-        self._absent.discard(connection.cookie)
+    def _arrived(self, cookie: int) -> None:
+        self._absent.discard(cookie)
         if not self._absent:
             self._read()
 
@@ -479,6 +482,10 @@ def leave(status: int) -> None:
 
 def _sentence(problem: Exception) -> str:
     return str(problem) if isinstance(problem, CopyoverError) else f"{type(problem).__name__}: {problem}"
+
+
+def _no_import_shared(_: object) -> None:
+    raise CannotFreeze("the incumbent shares state and this release has no import_shared")
 
 
 def _nothing() -> None:

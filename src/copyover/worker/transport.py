@@ -1,8 +1,8 @@
 """
 How the bytes of one connection come and go: both buffers, and the end of the socket.
 
-It knows nothing of handlers, boundaries or the holder. It stands on ``add_reader`` and ``add_writer``, which asyncio and
-uvloop share, because a transport of theirs keeps what it has not sent to itself.
+It knows nothing of handlers, boundaries or the holder. It stands on ``add_reader`` and ``add_writer``, which asyncio
+and uvloop share, because a transport of theirs keeps what it has not sent to itself.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ class Transport:
     """
     The bytes of one connection.
 
-    *on_change* is called after input came, the peer ended, or unsent bytes left; *on_closed* once, at the end. *received* and *sent* count what was
-    read from and taken by the kernel since the connection was accepted, in whichever process.
+    *on_change* is called after input came, the peer ended, or unsent bytes left; *on_closed* once, at the end.
+    *received* and *sent* count what was read from and taken by the kernel since the connection was accepted, in
+    whichever process.
     """
 
     __slots__ = (

@@ -1,0 +1,194 @@
+"""
+Where a connection stands: at a boundary or away from it, running, asked to halt, halted, or frozen.
+
+It decides when a handler may be suspended for good; it reads and writes no byte.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import time
+from typing import TYPE_CHECKING
+
+from copyover.worker.transport import Phase
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from copyover.worker.transport import Transport
+
+
+class Course(enum.Enum):
+    RUNNING = "running"
+    ASKED = "asked"  # to halt at its next boundary
+    HALTED = "halted"  # stands at a boundary; pushes still reach its unsent bytes
+    FROZEN = "frozen"  # its record is taken: it is inert
+
+
+class Standing:
+    """
+    Where one connection stands. A handler that is halted raises nothing: it stays suspended behind a gate.
+
+    It is at a boundary while its handler is suspended waiting, and has neither consumed nor written anything since it
+    was entered or passed its last boundary, and is not pinned.
+    """
+
+    __slots__ = (
+        "_busy",
+        "_course",
+        "_drainers",
+        "_gate",
+        "_idle",
+        "_is_stopping",
+        "_is_waiting",
+        "_loop",
+        "_on_halt",
+        "_pins",
+        "_transport",
+        "_waiter",
+        "halted_ns",
+        "on_boundary",
+    )
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, transport: Transport) -> None:
+        self._loop = loop
+        self._transport = transport
+        self.halted_ns = 0
+        # Called once, at the first boundary after the handler was entered.
+        self.on_boundary: Callable[[], None] | None = None
+        self._course = Course.RUNNING
+        self._on_halt: Callable[[], None] | None = None
+        self._gate: asyncio.Event | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._drainers: list[asyncio.Future[None]] | None = None
+        self._idle: asyncio.Future[object] | None = None
+        self._busy: str | None = None  # what took it away from its last boundary
+        self._pins: list[str] | None = None
+        self._is_waiting = False
+        self._is_stopping = False
+        transport.on_change = self._changed
+
+    # ---- for the runtime
+
+    @property
+    def course(self) -> Course:
+        return self._course
+
+    @property
+    def transport(self) -> Transport:
+        return self._transport
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing more is to be read: the client has ended it, or the server is stopping."""
+        transport = self._transport
+        return transport.is_ended or self._is_stopping or transport.phase is not Phase.OPEN
+
+    @property
+    def is_at_boundary(self) -> bool:
+        if self._transport.phase is not Phase.OPEN:
+            return True  # its handler has returned; only bytes are left
+        is_idle_over = self._idle is not None and self._idle.done()
+        return self._is_waiting and self._may_halt and not is_idle_over
+
+    @property
+    def reason(self) -> str:
+        """Why it is not at a boundary, for operators."""
+        if self._pins:
+            return self._pins[-1]
+        if self._idle is not None and self._idle.done():
+            return "what it idled for has just come"
+        return f"in the middle of a message, since its {self._busy}" if self._busy else "it has not reached a boundary"
+
+    def ask_to_halt(self, on_halt: Callable[[], None]) -> bool:
+        """Halt at the next boundary; True when it stands at one now, else *on_halt* is called then."""
+        if self.is_at_boundary:
+            self._halt_now()
+            return True
+        self._course = Course.ASKED
+        self._on_halt = on_halt
+        self._wake_drainers()
+        return False
+
+    def go_on(self) -> None:
+        """Serve on, from where it was halted; the very coroutine."""
+        self._course = Course.RUNNING
+        self._on_halt = None
+        if self._gate is not None:
+            gate, self._gate = self._gate, None
+            gate.set()
+            self._transport.start()
+
+    def stop(self) -> None:
+        """End at the next boundary, as if the client had."""
+        self._is_stopping = True
+        self._wake()
+
+    # ---- for the connection
+
+    @property
+    def _may_halt(self) -> bool:
+        return self._busy is None and not self._pins
+
+    def _arrive(self) -> None:
+        """A boundary: everything before it is complete."""
+        self._busy = None
+        if self.on_boundary is not None:
+            arrived, self.on_boundary = self.on_boundary, None
+            arrived()
+
+    async def _halt_if_asked(self) -> None:
+        if self._course is Course.ASKED and self._may_halt:
+            self._halt_now()
+            if self._on_halt is not None:
+                self._on_halt()
+            await self._pass_gate()
+
+    async def _pass_gate(self) -> None:
+        """Stay suspended while halted; for good, if the connection moves."""
+        while self._gate is not None:
+            await self._gate.wait()
+
+    async def _wait(self) -> None:
+        """Sleep until something changed, and as long as the connection is halted."""
+        self._is_waiting = True
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+            self._is_waiting = False
+        await self._pass_gate()
+
+    async def _wait_until_sent(self, most: int, travels: int) -> None:
+        """Wait until *most* bytes are unsent at most; asked to halt, let it go on while fewer than *travels* are."""
+        while len(self._transport.output) > most and self._transport.phase is Phase.OPEN:
+            if self._course is not Course.RUNNING and len(self._transport.output) < travels:
+                return
+            drained = self._loop.create_future()
+            self._drainers = [*(self._drainers or []), drained]
+            await drained
+        await self._pass_gate()
+
+    def _halt_now(self) -> None:
+        self._course = Course.HALTED
+        self._gate = asyncio.Event()
+        self.halted_ns = time.monotonic_ns()
+        self._transport.pause()
+
+    def _changed(self) -> None:
+        """The transport's news."""
+        self._wake()
+        if self._drainers:
+            self._wake_drainers()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _wake_drainers(self) -> None:
+        drainers, self._drainers = self._drainers or [], None
+        for drained in drainers:
+            if not drained.done():
+                drained.set_result(None)
