@@ -88,7 +88,7 @@ def show_status(found: dict[str, Any]) -> None:
     from rich.console import Console  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
 
-    screen = Console()
+    screen = Console(soft_wrap=True)
     phase = found["phase"]
     deadline = "" if phase["deadline_in_s"] is None else f", {phase['deadline_in_s']:.0f} s to its deadline"
     live = found["connections"]

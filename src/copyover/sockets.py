@@ -1,11 +1,12 @@
 """
 What the kernel knows and does about one socket: its identity, its true reset.
 
-It owns no socket and keeps nothing.
+It keeps nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -54,3 +55,23 @@ def reset(sock: socket.socket) -> None:
     elif _libc().connect(sock.fileno(), _AF_UNSPEC_ADDRESS, len(_AF_UNSPEC_ADDRESS)) != 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
+
+
+def reset_and_close(descriptor: int) -> None:
+    """Tell the peer of a descriptor of ours with a true RST, and close it."""
+    with socket.socket(fileno=descriptor) as sock, contextlib.suppress(OSError):
+        reset(sock)  # it fails where the peer's own reset came first
+
+
+def peer_of_descriptor(descriptor: int) -> str | None:
+    """Return the peer's address of a borrowed descriptor in words; None when it has gone already."""
+    sock = socket.socket(fileno=descriptor)
+    try:
+        peer = sock.getpeername()
+    except OSError:
+        return None
+    finally:
+        sock.detach()
+    if isinstance(peer, tuple):
+        return f"[{peer[0]}]:{peer[1]}" if ":" in str(peer[0]) else f"{peer[0]}:{peer[1]}"
+    return str(peer) or "unix"

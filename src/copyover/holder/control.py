@@ -1,16 +1,16 @@
 """
 How operators reach the holder: the server's half of the control socket.
 
-One JSON object a line in each direction. It checks who asks and what the lines are; it performs nothing.
+One JSON object a line in each direction. It checks who asks and what the lines are; it knows no request.
 """
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import json
 import os
+import selectors
 import socket
-import stat
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from copyover.errors import CopyoverError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from copyover.directory import Directory
 
 LONGEST_REQUEST = 64 << 10
@@ -26,29 +28,6 @@ MOST_UNREAD = 8 << 20
 
 class BadRequest(CopyoverError):
     """A line that is no request; the sentence goes back to the sender."""
-
-
-def listen(directory: Directory) -> socket.socket:
-    """Bind the control socket, 0600; a dead holder's is replaced (the lock says that it is dead)."""
-    temporary = f"{directory.control}.{os.getpid()}"
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o177)
-    try:
-        sock.bind(temporary)
-    finally:
-        os.umask(before)
-    sock.listen(16)
-    sock.setblocking(False)
-    Path(temporary).rename(directory.control)
-    return sock
-
-
-def unlink(directory: Directory, sock: socket.socket) -> None:
-    """Remove the socket's file, if it is still there."""
-    with contextlib.suppress(FileNotFoundError):
-        if stat.S_ISSOCK(directory.control.stat().st_mode):
-            directory.control.unlink()
-    sock.close()
 
 
 class Caller:
@@ -98,8 +77,8 @@ class Caller:
             raise BadRequest(f"a request is longer than {LONGEST_REQUEST} bytes")
         return [_request(line) for line in lines]
 
-    def reply(self, answer: dict[str, Any], *, is_last: bool = False) -> None:
-        """Queue one line; after the last the connection is closed."""
+    def queue(self, answer: dict[str, Any], *, is_last: bool) -> None:
+        """Queue one line."""
         self._output += json.dumps(answer, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
         self.is_done = self.is_done or is_last
 
@@ -123,6 +102,109 @@ class Caller:
 
     def close(self) -> None:
         self._socket.close()
+
+
+class Desk:
+    """
+    The control socket, 0600, and everybody who is connected to it.
+
+    *answer* is given the number of a caller and a request; what it replies to a caller that has gone is dropped.
+    """
+
+    def __init__(
+        self,
+        directory: Directory,
+        watch: Callable[[Any, Callable[[], None], int], None],
+        unwatch: Callable[[Any], None],
+        answer: Callable[[int, dict[str, Any]], None],
+    ) -> None:
+        self._directory = directory
+        self._watch = watch
+        self._unwatch = unwatch
+        self._answer = answer
+        self._socket = _listen(directory)
+        self._callers: dict[int, Caller] = {}
+        self._numbers = itertools.count(1)
+        self.denied = 0
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def accept(self) -> None:
+        """Let in whoever waits; this user and root may speak."""
+        try:
+            sock, _ = self._socket.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        number = next(self._numbers)
+        caller = self._callers[number] = Caller(sock, number)
+        if caller.is_permitted:
+            self._watch(caller, lambda: self._hear(caller), selectors.EVENT_READ)
+        else:
+            self.denied += 1
+            self.reply(number, {"denied": "only the holder's own user and root may command it"}, is_last=True)
+
+    def is_present(self, number: int) -> bool:
+        return number in self._callers
+
+    def reply(self, number: int, answer: dict[str, Any], *, is_last: bool = False) -> None:
+        """Send one line; after the last the caller is hung up on."""
+        caller = self._callers.get(number)
+        if caller is not None:
+            caller.queue(answer, is_last=is_last)
+            self._flush(caller)
+
+    def close(self) -> None:
+        """Go away; the file of the socket goes too."""
+        for caller in list(self._callers.values()):
+            self._hang_up(caller)
+        self._unwatch(self)
+        self._directory.control.unlink(missing_ok=True)
+        self._socket.close()
+
+    def _hear(self, caller: Caller) -> None:
+        try:
+            if caller.has_unsent:
+                self._flush(caller)
+            for request in caller.requests():
+                self._answer(caller.number, request)
+        except BadRequest as problem:
+            self.reply(caller.number, {"error": str(problem)}, is_last=True)
+        except EOFError:
+            self._hang_up(caller)
+
+    def _flush(self, caller: Caller) -> None:
+        try:
+            caller.flush()
+        except EOFError:
+            self._hang_up(caller)
+            return
+        if caller.is_done and not caller.has_unsent:
+            self._hang_up(caller)
+        else:
+            mask = selectors.EVENT_READ | (selectors.EVENT_WRITE if caller.has_unsent else 0)
+            self._watch(caller, lambda: self._hear(caller), mask)
+
+    def _hang_up(self, caller: Caller) -> None:
+        """The caller has gone; what it asked for goes on."""
+        if self._callers.pop(caller.number, None) is not None:
+            self._unwatch(caller)
+            caller.close()
+
+
+def _listen(directory: Directory) -> socket.socket:
+    """Bind under a temporary name and rename: a dead holder's socket is replaced (the lock says that it is dead)."""
+    temporary = f"{directory.control}.{os.getpid()}"
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o177)
+    try:
+        sock.bind(temporary)
+    finally:
+        os.umask(before)
+    sock.listen(16)
+    sock.setblocking(False)
+    Path(temporary).rename(directory.control)
+    return sock
 
 
 def _request(line: bytes) -> dict[str, Any]:

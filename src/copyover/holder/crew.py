@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import copyover
 from copyover import channel, messages, process, wire
 from copyover.errors import ChangeRefused, ChannelClosed, WireError
+from copyover.sockets import cookie_of_descriptor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -167,6 +168,23 @@ class Hand:
         if self.tail is not None:
             self.tail.close()
             self.tail = None
+
+
+def check_cookies(message: messages.Lend, descriptors: Sequence[int]) -> None:
+    """
+    See that each lent descriptor is the connection that it is said to be.
+
+    Raises:
+        WireError: it is another, or no socket at all.
+
+    """
+    for cookie, descriptor in zip(message.cookie, descriptors, strict=True):
+        try:
+            found = cookie_of_descriptor(descriptor)
+        except OSError as problem:
+            raise WireError("a lent descriptor is no socket") from problem
+        if found != cookie:
+            raise WireError(f"a lent descriptor is connection {found}, not {cookie}")
 
 
 def environment(instance: str) -> dict[str, str]:

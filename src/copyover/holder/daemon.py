@@ -24,7 +24,7 @@ from copyover import events, messages, process, reload
 from copyover.errors import ChangeRefused, ChannelClosed, CopyoverError, IllegalEvent, UsageError, WireError
 from copyover.holder import control, crew, report
 from copyover.release import Release, pin
-from copyover.sockets import cookie_of_descriptor, reset
+from copyover.sockets import peer_of_descriptor, reset_and_close
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -63,7 +63,6 @@ class Daemon:
     ) -> None:
         self._settings = settings
         self._config = config
-        self._directory = directory
         self._listeners = listeners
         self._machine = reload.Machine(capacity=max(descriptor_limit - RESERVED_DESCRIPTORS, 1))
         self._selector = selectors.DefaultSelector()
@@ -73,7 +72,7 @@ class Daemon:
         self._generations: dict[int, _Generation] = {}
         self._newest = 0
         self._environment = crew.environment(uuid.uuid4().hex)
-        self._callers: dict[int, control.Caller] = {}
+        self._desk = control.Desk(directory, self._watch, self._unwatch, self._answer)
         self._waiting: set[int] = set()
         self._last_progress_s = 0.0
         self._last_reload: dict[str, Any] | None = None
@@ -85,15 +84,14 @@ class Daemon:
 
     def run(self) -> int:
         """Serve until stopped; return the exit code."""
-        control_socket = control.listen(self._directory)
-        self._watch(control_socket, lambda: self._accept_caller(control_socket))
+        self._watch(self._desk, self._desk.accept)
         wakeup = self._catch_signals()
         self._ask_reload(_BOOT)
         try:
             while self._exit_code is None:
                 self._turn()
         finally:
-            control.unlink(self._directory, control_socket)
+            self._desk.close()
             wakeup.close()
         return self._exit_code
 
@@ -172,8 +170,9 @@ class Daemon:
                 self._refuse_event(event, problem)
         if self._waiting and time.monotonic() - self._last_progress_s > PROGRESS_S:
             self._last_progress_s = time.monotonic()
+            self._waiting = {number for number in self._waiting if self._desk.is_present(number)}
             for number in self._waiting:
-                self._reply(number, {"progress": report.progress(self._machine)})
+                self._desk.reply(number, {"progress": report.progress(self._machine)})
 
     def _handle(self, event: events.Event) -> None:
         for effect in self._machine.handle(event, time.monotonic()):
@@ -200,7 +199,7 @@ class Daemon:
             case events.Close(descriptor):
                 os.close(descriptor)
             case events.Reset(descriptor):
-                _reset(descriptor)
+                reset_and_close(descriptor)
             case events.SetTimer(name, None):
                 self._timers.pop(name, None)
             case events.SetTimer(name, float() | int() as after_s):
@@ -281,7 +280,7 @@ class Daemon:
             if isinstance(message, messages.Ready):
                 hand.ready = message
             if isinstance(message, messages.Lend):
-                _check_cookies(message, packet.descriptors)
+                crew.check_cookies(message, packet.descriptors)
             self._events.append(events.FromWorker(hand.worker, message, packet.take()))
 
     def _config_of(self, hand: crew.Hand) -> Config:
@@ -389,7 +388,7 @@ class Daemon:
                 log.error("event=reload-failed outcome=%s error=%r", answer["outcome"], answer["error"])
         else:
             self._waiting.discard(asker)
-            self._reply(asker, {"result": answer}, is_last=True)
+            self._desk.reply(asker, {"result": answer}, is_last=True)
 
     def _forget_generations(self) -> None:
         alive = {hand.generation for hand in self._hands.values()} | {self._newest}
@@ -409,67 +408,42 @@ class Daemon:
 
     # ---- operators
 
-    def _accept_caller(self, listener: socket.socket) -> None:
-        try:
-            sock, _ = listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):
-            return
-        number = next(number for number in range(1, len(self._callers) + 2) if number not in self._callers)
-        caller = control.Caller(sock, number)
-        self._callers[number] = caller
-        if not caller.is_permitted:
-            self._machine.holdings.counters["denied"] += 1
-            sentence = "only the holder's own user and root may command it"
-            self._reply(number, {"denied": sentence}, is_last=True)
-            return
-        self._watch(caller, lambda: self._hear(caller))
-
-    def _hear(self, caller: control.Caller) -> None:
-        try:
-            if caller.has_unsent:
-                self._flush(caller)
-            for request in caller.requests():
-                self._answer(caller, request)
-        except control.BadRequest as problem:
-            self._reply(caller.number, {"error": str(problem)}, is_last=True)
-        except EOFError:
-            self._hang_up(caller)
-
-    def _answer(self, caller: control.Caller, request: dict[str, Any]) -> None:
+    def _answer(self, caller: int, request: dict[str, Any]) -> None:
         match request["do"]:
             case "reload":
                 self._answer_reload(caller, request)
             case "status":
-                self._reply(caller.number, {"result": self._status()}, is_last=True)
+                self._desk.reply(caller, {"result": self._status()}, is_last=True)
             case "connections":
-                self._reply(caller.number, {"result": self._connections()}, is_last=True)
+                self._desk.reply(caller, {"result": self._connections()}, is_last=True)
             case "stop":
-                self._reply(caller.number, {"result": {"schema": report.SCHEMA, "pid": os.getpid()}}, is_last=True)
+                self._desk.reply(caller, {"result": {"schema": report.SCHEMA, "pid": os.getpid()}}, is_last=True)
                 self._stop()
             case unknown:
-                self._reply(caller.number, {"error": f"this holder does not know {unknown!r}"}, is_last=True)
+                self._desk.reply(caller, {"error": f"this holder does not know {unknown!r}"}, is_last=True)
 
-    def _answer_reload(self, caller: control.Caller, request: dict[str, Any]) -> None:
+    def _answer_reload(self, caller: int, request: dict[str, Any]) -> None:
         wishes = {}
         for key, kinds in (("timeout_s", (int, float)), ("move", (str,))):
             if request.get(key) is not None:
                 if type(request[key]) not in kinds or (key == "timeout_s" and not request[key] > 0):
-                    self._reply(caller.number, {"error": f"{key} cannot be {request[key]!r}"}, is_last=True)
+                    self._desk.reply(caller, {"error": f"{key} cannot be {request[key]!r}"}, is_last=True)
                     return
                 wishes[key] = request[key]
         if wishes.get("move", "together") not in ("together", "rolling"):
-            self._reply(caller.number, {"error": f"move cannot be {wishes['move']!r}"}, is_last=True)
+            self._desk.reply(caller, {"error": f"move cannot be {wishes['move']!r}"}, is_last=True)
             return
         if request.get("wait", True):
-            self._waiting.add(caller.number)
-            self._ask_reload(caller.number, wishes)
+            self._waiting.add(caller)
+            self._ask_reload(caller, wishes)
             return
         self._ask_reload(_SIGNAL, wishes)
         started = {"schema": report.SCHEMA, "outcome": "started", "exit_code": 0}
-        self._reply(caller.number, {"result": started}, is_last=True)
+        self._desk.reply(caller, {"result": started}, is_last=True)
 
     def _status(self) -> dict[str, Any]:
         now_s = time.monotonic()
+        self._machine.holdings.counters["denied"] = self._desk.denied
         deadline_s = self._timers.get("change", self._timers.get("stop", (None,)))[0]
         return {
             "schema": report.SCHEMA,
@@ -485,66 +459,11 @@ class Daemon:
     def _connections(self) -> dict[str, Any]:
         rows = [
             report.connection_object(
-                entry, self._machine, self._listeners[entry.listener].name, _peer(entry.descriptor)
+                entry, self._machine, self._listeners[entry.listener].name, peer_of_descriptor(entry.descriptor)
             )
             for entry in self._machine.ledger.entries.values()
         ]
         return {"schema": report.SCHEMA, "connections": rows}
-
-    def _reply(self, number: int, answer: dict[str, Any], *, is_last: bool = False) -> None:
-        caller = self._callers.get(number)
-        if caller is None:
-            return
-        caller.reply(answer, is_last=is_last)
-        try:
-            self._flush(caller)
-        except EOFError:
-            self._hang_up(caller)
-
-    def _flush(self, caller: control.Caller) -> None:
-        caller.flush()
-        if caller.has_unsent:
-            self._watch(caller, lambda: self._hear(caller), selectors.EVENT_READ | selectors.EVENT_WRITE)
-        elif caller.is_done:
-            self._hang_up(caller)
-        else:
-            self._watch(caller, lambda: self._hear(caller))
-
-    def _hang_up(self, caller: control.Caller) -> None:
-        """The caller has gone; what it asked for goes on."""
-        self._waiting.discard(caller.number)
-        if self._callers.pop(caller.number, None) is not None:
-            self._unwatch(caller)
-            caller.close()
-
-
-def _check_cookies(message: messages.Lend, descriptors: Sequence[int]) -> None:
-    """A lent descriptor must be the connection that it is said to be."""
-    for cookie, descriptor in zip(message.cookie, descriptors, strict=True):
-        try:
-            found = cookie_of_descriptor(descriptor)
-        except OSError as problem:
-            raise WireError("a lent descriptor is no socket") from problem
-        if found != cookie:
-            raise WireError(f"a lent descriptor is connection {found}, not {cookie}")
-
-
-def _reset(descriptor: int) -> None:
-    with socket.socket(fileno=descriptor) as sock, contextlib.suppress(OSError):
-        reset(sock)  # it fails where the client's own reset came first
-
-
-def _peer(descriptor: int) -> str | None:
-    sock = socket.socket(fileno=descriptor)
-    try:
-        peer = sock.getpeername()
-    except OSError:
-        return None
-    finally:
-        sock.detach()
-    if isinstance(peer, tuple):
-        return f"[{peer[0]}]:{peer[1]}" if ":" in str(peer[0]) else f"{peer[0]}:{peer[1]}"
-    return str(peer) or "unix"
 
 
 def _value(value: object) -> str:
