@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from typing import Self
 
 DEADLINE_S = 30.0
 
@@ -18,7 +19,7 @@ class Client:
         else:
             self.socket = socket.create_connection(address, timeout=DEADLINE_S)
 
-    def __enter__(self) -> Client:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

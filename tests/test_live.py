@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
 from clients import Client
 
 if TYPE_CHECKING:
@@ -150,6 +151,19 @@ def test_pushes_reach_everybody_after_a_consistent_cut(copyover_server: Servers)
         client.socket.close()
 
 
+def test_whole_lines_that_travel_unread_reach_everybody(copyover_server: Servers) -> None:
+    """Input of a cut is read once all are entered, also that which came in a record: nobody misses a broadcast."""
+    server = copyover_server("slow_room:chat", chdir=APPS, move="together")
+    with Client(server.address) as first, Client(server.address) as second:
+        second.send(b"zero\n")
+        assert first.line() == second.line() == b"zero\n"
+        first.send(b"one\ntwo\nthree\n")
+        assert first.line() == second.line() == b"one\n"
+        assert server.reload().assert_lossless().moved == 2
+        for expected in (b"two\n", b"three\n"):
+            assert first.line() == second.line() == expected
+
+
 def test_shared_state_that_cannot_be_exported_rolls_back(copyover_server: Servers) -> None:
     """A cut without its shared state is no consistent cut: everything returns, the very coroutines go on."""
     server = copyover_server("handlers:room_that_cannot_share", chdir=APPS, move="together")
@@ -176,7 +190,7 @@ def test_idle_waits_for_something_else_and_moves(copyover_server: Servers) -> No
 
 
 def test_a_state_that_is_a_class_travels(copyover_server: Servers) -> None:
-    """attrs classes are states; factories are found."""
+    """Attrs classes are states; factories are found."""
     server = copyover_server("handlers:make_tally", chdir=APPS)
     with Client(server.address) as client:
         assert client.ask(b"x\n") == b"1\n"

@@ -37,8 +37,10 @@ class Passage:
     staged_in: int = 0  # the worker that has built it, paused; 0 is none
     origin: int = 0  # the worker whose coroutine still waits for it; 0 is none
     record: Record | None = None  # what the last freeze gave
+    is_given: bool = False  # its owner has that record, and has not said since that it serves
     was_adopted: bool = False  # somebody else than its origin has served it since
     kept_because: str | None = None
+    unfit: frozenset[int] = frozenset()  # the workers that gave the record back
 
 
 @attrs.define
@@ -165,7 +167,7 @@ class Ledger:
         if epoch != entry.epoch:
             raise IllegalEvent(f"connection {cookie} was frozen at epoch {epoch} instead of {entry.epoch}")
         passage = entry.moving
-        passage.record = record
+        passage.record, passage.is_given = record, False
         if passage.origin == 0:  # the coroutine that can go on after a roll-back is the first that stopped
             passage.origin = worker
         entry.standing = Standing.PARKED
@@ -175,8 +177,14 @@ class Ledger:
         """The owner keeps it (answer to a freeze), or gives the record back (answer to a thaw)."""
         entry = self._owned_by(worker, cookie, Standing.FREEZING, Standing.THAWING)
         # A freeze may have crossed the refusal of a thaw: the refuser holds nothing then, and our record stands.
-        entry.standing = Standing.PARKED if self.has_record(entry) else Standing.SERVED
-        entry.moving.kept_because = reason
+        passage = entry.moving
+        passage.kept_because = reason
+        if not self.has_record(entry):
+            entry.standing = Standing.SERVED
+            return entry
+        entry.standing, passage.is_given = Standing.PARKED, False
+        passage.unfit |= {worker}
+        self._forget_copy(passage, worker)
         return entry
 
     def thaw(self, cookie: int, worker: int) -> Entry:
@@ -185,6 +193,7 @@ class Ledger:
         if entry.standing is not Standing.PARKED or entry.moving.record is None:
             raise IllegalEvent(f"connection {cookie} is {entry.standing.value}, not parked with a record")
         entry.epoch += 1
+        entry.moving.is_given = True
         self._give(entry, worker, Standing.THAWING)
         return entry
 
@@ -194,6 +203,7 @@ class Ledger:
             raise IllegalEvent(f"connection {cookie} was adopted at epoch {epoch} instead of {entry.epoch}")
         if entry.standing is Standing.THAWING:  # else a freeze crossed it, and its answer follows
             entry.standing = Standing.SERVED
+        entry.moving.is_given = False
         entry.moving.was_adopted |= worker != entry.moving.origin
         return entry
 
@@ -204,20 +214,14 @@ class Ledger:
 
     def has_record(self, entry: Entry) -> bool:
         """Whether its owner was given a record and has not said that it served since."""
-        passage = entry.passage
-        if passage is None or passage.record is None:
-            return False
-        return entry.standing is Standing.THAWING or (
-            # A freeze crossed the thaw: had it been adopted first, the adopted would have come first.
-            entry.standing is Standing.FREEZING and entry.owner != passage.origin and not passage.was_adopted
-        )
+        return entry.passage is not None and entry.passage.is_given
 
     def park(self, cookie: int) -> Entry:
         """Take back what a worker that died had been given and did not serve."""
         entry = self.entries[cookie]
         if not self.has_record(entry):
             raise IllegalEvent(f"connection {cookie} is {entry.standing.value}, its record is of the past")
-        entry.standing = Standing.PARKED
+        entry.standing, entry.moving.is_given = Standing.PARKED, False
         return entry
 
     def begin(self) -> None:
@@ -235,12 +239,15 @@ class Ledger:
     def forget_copies(self, worker: int) -> None:
         """The worker is dead: nothing is staged in it, and no coroutine of it waits."""
         for entry in self.entries.values():
-            passage = entry.passage
-            if passage is not None:
-                if passage.staged_in == worker:
-                    passage.staged_in = 0
-                if passage.origin == worker:
-                    passage.origin = 0
+            if entry.passage is not None:
+                self._forget_copy(entry.passage, worker)
+
+    @staticmethod
+    def _forget_copy(passage: Passage, worker: int) -> None:
+        if passage.staged_in == worker:
+            passage.staged_in = 0
+        if passage.origin == worker:
+            passage.origin = 0
 
     def settle(self) -> None:
         """The move is over: forget records, origins and tombstones."""

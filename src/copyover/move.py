@@ -218,12 +218,7 @@ class Move:
             self._settled(cookie)
             copies += [(copy, cookie) for copy in self._ledger.forget_others(cookie)]
         self._holdings.drop(copies)
-        if self.living_incumbents():
-            self.place(given_back)
-        else:
-            for entry in given_back:
-                self._holdings.lose(entry.cookie)
-                self.note_lost([entry.cookie])
+        self.place(given_back)
 
     def gathered(self, event: FromWorker) -> None:
         """The sender's cut is closed."""
@@ -249,12 +244,15 @@ class Move:
     # ---- placing
 
     def place(self, parked: Iterable[Entry]) -> None:
-        """Give parked connections to the worker that the direction wants; nobody alive, they stay parked."""
+        """Give parked connections to whom the direction wants; nobody alive, they stay; nobody fit, they are lost."""
         per_target: dict[int, list[Entry]] = {}
         for entry in parked:
             target = self._destination(entry)
             if target is not None:
                 per_target.setdefault(target, []).append(entry)
+            elif self.living_incumbents() or self.living_replacements():
+                self._holdings.lose(entry.cookie)
+                self.note_lost([entry.cookie])
         for target, entries in per_target.items():
             self._thaw(target, entries)
 
@@ -266,8 +264,10 @@ class Move:
         sides = [self.living_replacements(), self.living_incumbents()]
         if self.is_backwards or passage.kept_because is not None:
             sides.reverse()
-        for side in filter(None, sides):
-            living = [worker.id for worker in side]
+        for side in sides:
+            living = [worker.id for worker in side if worker.id not in passage.unfit]
+            if not living:
+                continue
             preferred = [copy for copy in (passage.staged_in, passage.origin) if copy in living]
             return preferred[0] if preferred else min(living, key=lambda worker: self._ledger.owned[worker])
         return None
@@ -360,7 +360,7 @@ class Move:
             cookies = [
                 entry.cookie
                 for entry in self._ledger.of(replacement.id)
-                if entry.standing in (Standing.SERVED, Standing.THAWING) and entry.cookie not in self.kept
+                if entry.standing in (Standing.SERVED, Standing.THAWING) and entry.moving.kept_because is None
             ]
             self.open.update(cookies)
             for chunk in _chunks(cookies, messages.MAX_ROWS):

@@ -224,7 +224,8 @@ class Machine:
 
     def _accept_off_acked(self, event: FromWorker) -> None:
         worker = self.holdings.workers[event.worker]
-        if self.holdings.accept_off_acked(worker) and worker.id in self._move.incumbents:
+        is_last = self.holdings.accept_off_acked(worker)
+        if is_last and worker.id in self._move.incumbents and not worker.is_off:  # else the holder was full
             self._move.accept_off_acked(worker)
             self._check_complete()
 
@@ -409,6 +410,11 @@ class Machine:
         self.holdings.regain_room()  # who serves after the change is admitted at its end
         self._check()
 
+    def _frozen_late(self, event: FromWorker) -> None:
+        """All that the freeze named had ended or refused before: the move did not wait for this."""
+        if event.message.rows:
+            raise IllegalEvent(f"worker {event.worker} froze connections while {self.phase.value}")
+
     def _accept_off_acked_in_peace(self, event: FromWorker) -> None:
         """The holder was full, or a roll-back ended before this came."""
         self.holdings.accept_off_acked(self.holdings.workers[event.worker])
@@ -509,6 +515,7 @@ class Machine:
         **dict.fromkeys(itertools.product(_LIVING, [messages.Staged]), _staged),  # of what is refused by now
         **dict.fromkeys(itertools.product(_LIVING, [messages.Gathered]), _void),  # of a move that was rolled back
         **dict.fromkeys(itertools.product(_LIVING, [messages.AcceptOffAck]), _accept_off_acked_in_peace),
+        **dict.fromkeys(itertools.product(_LIVING, [messages.Frozen]), _frozen_late),
         **dict.fromkeys(itertools.product(_CHANGING, [messages.Release]), _release_in_change),
         **dict.fromkeys(itertools.product(_CHANGING, [Reload]), _busy),
         # -------------------------------- serving

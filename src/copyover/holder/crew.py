@@ -7,6 +7,7 @@ It starts, greets and buries them; what their messages mean is decided in reload
 from __future__ import annotations
 
 import collections
+import logging
 import os
 import platform
 import socket
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
     from copyover.listeners import Listener
     from copyover.release import Release
+
+log = logging.getLogger("copyover.holder")
 
 TAIL_LINES = 50
 _LONGEST_LINE = 2000
@@ -199,5 +202,9 @@ def notify(state: str) -> None:
     if not address:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.connect("\0" + address[1:] if address.startswith("@") else address)
-        manager.send(state.encode())
+        manager.setblocking(False)
+        try:
+            manager.connect("\0" + address[1:] if address.startswith("@") else address)
+            manager.send(state.encode())
+        except OSError as problem:  # it is told for its own sake; we serve all the same
+            log.warning("event=not-notified address=%s problem=%r", address, str(problem))

@@ -230,8 +230,8 @@ class Agent:
 
     def _close_cut(self) -> list[Effect]:
         self._gathering = None
-        halted = tuple([cookie for cookie, seat in self.seats.items() if seat.standing is Standing.HALTED])
-        return [Export(0, halted, is_cut=True)]
+        halted = [cookie for cookie, seat in self.seats.items() if seat.standing is Standing.HALTED and seat.is_cut]
+        return [Export(0, tuple(halted), is_cut=True)]
 
     def exported(
         self,
@@ -272,7 +272,10 @@ class Agent:
 
     def withdrawn(self, reasons: Mapping[int, str]) -> list[Effect]:
         """These never reached a boundary, and go on here."""
-        return self._refuse(reasons)
+        effects = self._refuse(reasons)
+        if self._gathering is not None:
+            self._gathering.difference_update(reasons)
+        return effects + self._close_cut_if_all_stopped()
 
     def _refuse(self, reasons: Mapping[int, str]) -> list[Effect]:
         rows = [(cookie, self.seats[cookie], reason) for cookie, reason in reasons.items() if cookie in self.seats]

@@ -11,17 +11,15 @@ import inspect
 import json
 import sys
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic
 
 import attrs
 
 from copyover.errors import ApplicationNotFound, NotAHandler, StartupFailed
-from copyover.worker.connection import CannotFreeze, Connection
+from copyover.worker.connection import CannotFreeze, Connection, S
 
 if TYPE_CHECKING:
     from types import ModuleType
-
-S = TypeVar("S")
 
 Hook = Callable[[], Awaitable[None]]
 _JSON_LEAVES = frozenset({str, int, float, bool, type(None)})

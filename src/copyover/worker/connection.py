@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic
 
 import attrs
 
@@ -24,7 +24,14 @@ if TYPE_CHECKING:
 
     from copyover.worker.transport import Transport
 
-S = TypeVar("S")
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar  # every type checker brings it; the worker does without
+
+    S = TypeVar("S", default=dict[str, Any])  # a bare Connection has a dict for its state
+else:
+    from typing import TypeVar
+
+    S = TypeVar("S")
 M = TypeVar("M")
 T = TypeVar("T")
 
@@ -332,7 +339,8 @@ class Connection(Standing, Generic[S]):
             flags |= RecordFlag.FINISHED
         if transport.phase is Phase.LINGERING:
             flags |= RecordFlag.WRITE_CLOSED
-        size = len(transport.input) + len(transport.output) + len(state)
+        unread = transport.unread
+        size = len(unread) + len(transport.output) + len(state)
         if size > self._limits.record_bytes:
             raise CannotFreeze(f"its record of {size} bytes is over the quota of {self._limits.record_bytes}")
         self._course = Course.FROZEN
@@ -343,19 +351,17 @@ class Connection(Standing, Generic[S]):
             received=transport.received,
             sent=transport.sent,
             halted_ns=self.halted_ns,
-            unread=bytes(transport.input),
+            unread=unread,
             unsent=bytes(transport.output),
             state=state,
         )
 
     def restore(self, record: Record, state: S) -> None:
         """Become what *record* says, paused."""
-        transport = self._transport
-        transport.input[:] = record.unread
-        transport.output[:] = record.unsent
-        transport.received, transport.sent = record.received, record.sent
+        phase = Phase.OPEN
         if record.flags & RecordFlag.FINISHED:
-            transport.phase = Phase.LINGERING if record.flags & RecordFlag.WRITE_CLOSED else Phase.FINISHING
+            phase = Phase.LINGERING if record.flags & RecordFlag.WRITE_CLOSED else Phase.FINISHING
+        self._transport.restore(record, phase)
         self.state = state
         self.resumed = True
 

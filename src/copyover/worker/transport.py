@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
+    from copyover.messages import Record
+
 READ_BYTES = 64 << 10
 LINGER_S = 5.0
 
@@ -41,6 +43,7 @@ class Transport:
     __slots__ = (
         "_has_reader",
         "_has_writer",
+        "_held",
         "_high_water",
         "_is_running",
         "_linger",
@@ -62,6 +65,7 @@ class Transport:
         self._loop = loop
         self.socket = sock
         self.input = bytearray()
+        self._held = b""  # unread bytes of a record, until start
         self.output = bytearray()
         self.received = 0
         self.sent = 0
@@ -82,9 +86,24 @@ class Transport:
         """Nothing more will be read."""
         return self.is_eof or self.error is not None
 
+    @property
+    def unread(self) -> bytes:
+        return bytes(self.input) + self._held
+
+    def restore(self, record: Record, phase: Phase) -> None:
+        """Become what *record* says; its unread bytes are input once this is started, not before."""
+        self.phase = phase
+        self._held = record.unread
+        self.output[:] = record.unsent
+        self.received, self.sent = record.received, record.sent
+
     def start(self) -> None:
         """Begin, or go on, to read and to send."""
         self._is_running = True
+        if self._held:
+            self.input += self._held
+            self._held = b""
+            self.on_change()
         if self.phase is Phase.LINGERING:
             self._begin_linger()
             return
