@@ -81,9 +81,9 @@ class Standing:
 
     @property
     def is_over(self) -> bool:
-        """Nothing more is to be read: the client has ended it, or the server is stopping."""
+        """Nothing more is to be read: the client has ended it, or it is at a boundary of a server that is stopping."""
         transport = self._transport
-        return transport.is_ended or self._is_stopping or transport.phase is not Phase.OPEN
+        return transport.is_ended or transport.phase is not Phase.OPEN or (self._is_stopping and self._may_halt)
 
     @property
     def is_at_boundary(self) -> bool:

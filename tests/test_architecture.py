@@ -1,0 +1,181 @@
+"""
+The architecture, on one screen: which room may import which.
+
+Change it deliberately: an arrow that is added here is a decision.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import attrs
+import pytest
+
+SRC = Path(__file__).parent.parent / "src" / "copyover"
+
+# What a pure room never imports: time and descriptors enter as events and names.
+IMPURE = {"asyncio", "fcntl", "logging", "mmap", "os", "pathlib", "select", "selectors", "signal", "socket", "time"}
+
+PURE = {
+    "errors",
+    "messages",
+    "wire",
+    "ledger",
+    "events",
+    "holdings",
+    "move",
+    "reload",
+    "worker.agent",
+    "worker.effects",
+}
+
+ROOMS: dict[str, set[str]] = {
+    # ---- what both programs share
+    "errors": set(),
+    "messages": {"errors"},
+    "wire": {"errors", "messages"},
+    "channel": {"errors", "messages", "wire"},
+    "sockets": set(),
+    # ---- the holder's mind
+    "ledger": {"errors", "messages"},
+    "events": {"messages"},
+    "holdings": {"errors", "events", "ledger", "messages"},
+    "move": {"events", "holdings", "ledger", "messages"},
+    "reload": {"errors", "events", "holdings", "ledger", "messages", "move"},
+    # ---- the holder
+    "process": {"errors"},
+    "listeners": {"errors"},
+    "config": {"errors", "listeners"},
+    "directory": {"errors"},
+    "release": {"config", "errors"},
+    "holder": set(),
+    "holder.crew": {"", "channel", "errors", "listeners", "messages", "process", "release", "sockets", "wire"},
+    "holder.control": {"directory", "errors"},
+    "holder.report": {"events", "holder.crew", "holdings", "ledger", "reload"},
+    "holder.daemon": {
+        *("channel", "config", "directory", "errors", "events", "listeners", "messages", "process", "release"),
+        *("reload", "sockets", "holder.control", "holder.crew", "holder.report"),
+    },
+    "holder.__main__": {"config", "directory", "errors", "holder.daemon", "listeners", "process"},
+    # ---- the worker
+    "": {"errors", "worker.application", "worker.connection"},  # for type checkers; loaded at first use
+    "worker": set(),
+    "worker.transport": {"messages", "sockets"},
+    "worker.boundary": {"worker.transport"},
+    "worker.connection": {"errors", "messages", "worker.boundary", "worker.transport"},
+    "worker.application": {"errors", "worker.connection"},
+    "worker.accepting": set(),
+    "worker.effects": {"messages"},
+    "worker.agent": {"errors", "messages", "worker.effects"},
+    "worker.runtime": {
+        *("channel", "errors", "messages", "sockets"),
+        *("worker.accepting", "worker.agent", "worker.application", "worker.boundary"),
+        *("worker.connection", "worker.effects", "worker.transport"),
+    },
+    "worker.__main__": {
+        *("", "channel", "errors", "messages", "wire"),
+        *("worker.application", "worker.connection", "worker.runtime"),
+    },
+    # ---- the operator's side, and the user's tests
+    "console": {"directory", "errors"},
+    "cli": {"config", "console", "directory", "errors"},
+    "swarm": {"errors"},
+    "testing": {"swarm"},
+}
+
+
+def room_of(path: Path) -> str:
+    parts = path.relative_to(SRC).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+FILES = {room_of(path): path for path in SRC.rglob("*.py")}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Return the full names of all modules that the file imports, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            base = node.module or ""
+            inner = {f"{base}.{alias.name}" for alias in node.names}
+            rooms = {name for name in inner if name.startswith("copyover") and name.removeprefix("copyover.") in FILES}
+            found |= rooms or {base}
+            if rooms and len(rooms) < len(inner):
+                found.add(base)
+    return found
+
+
+def rooms_of(path: Path) -> set[str]:
+    own = {name for name in imports_of(path) if name.split(".")[0] == "copyover"}
+    return {name.removeprefix("copyover").removeprefix(".") for name in own}
+
+
+def test_every_room_is_in_the_plan() -> None:
+    """A file that nobody planned is no room."""
+    assert set(FILES) == set(ROOMS)
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_a_room_imports_what_the_plan_says(room: str) -> None:
+    """The plan is the source's structure: no arrow more, and none that is not there."""
+    assert rooms_of(FILES[room]) == ROOMS[room]
+
+
+@pytest.mark.parametrize("room", sorted(PURE))
+def test_a_pure_room_does_no_io(room: str) -> None:
+    """What is decided can be tried without a socket, a clock or a log."""
+    assert not {name.split(".")[0] for name in imports_of(FILES[room])} & IMPURE
+
+
+def test_holder_and_worker_are_two_programs() -> None:
+    """They share a wire and nothing else."""
+    for room, path in FILES.items():
+        if room.startswith("holder"):
+            assert not any(name.startswith("worker") for name in rooms_of(path)), room
+        if room.startswith("worker"):
+            assert not any(name.startswith("holder") for name in rooms_of(path)), room
+
+
+@pytest.mark.parametrize("library", ["click", "rich", "cattrs", "pyroute2", "uvloop", "asyncio"])
+def test_who_loads_what(library: str) -> None:
+    """The worker lives in the user's environment, the holder for years: both load little."""
+    allowed = {
+        "click": {"cli"},
+        "rich": {"console"},
+        "cattrs": {"config"},
+        "pyroute2": set[str](),
+        "uvloop": {"worker.__main__"},
+        "asyncio": {room for room in FILES if room.startswith("worker")} | {"swarm"},
+    }[library]
+    users = {room for room, path in FILES.items() if library in {name.split(".")[0] for name in imports_of(path)}}
+    assert users <= allowed
+
+
+def test_the_holder_loads_no_event_loop() -> None:
+    """Importing the package costs the holder neither asyncio nor the worker's library."""
+    program = "import sys, copyover.holder.daemon; print([m for m in sys.modules if 'asyncio' in m or 'worker' in m])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_worker_loads_the_standard_library_and_attrs_only() -> None:
+    """The worker lives in the user's environment."""
+    program = (
+        "import sys, copyover.worker.__main__; "
+        "print({m.split('.')[0] for m in sys.modules} - sys.stdlib_module_names - {'copyover', 'attr', 'attrs'})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", _PATHS + program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() in ("{'__main__'}", "set()")
+
+
+# -S keeps what the site's .pth files load out of the account.
+_PATHS = f"import sys; sys.path[:0] = {[str(SRC.parent), str(Path(attrs.__file__).parent.parent)]!r}; "
