@@ -1,0 +1,281 @@
+"""What an operator types and sees: one sentence, a distinct exit code, JSON on stdout and nothing else there."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from clients import Client
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from copyover.testing import Servers
+
+APPS = Path(__file__).parent / "apps"
+CLI = [sys.executable, "-P", "-m", "copyover.cli"]
+
+
+@pytest.fixture
+def runtime(tmp_path: Path) -> dict[str, str]:
+    """Give an environment whose runtime directory is the test's own."""
+    return {**os.environ, "COPYOVER_RUNTIME_DIR": str(tmp_path / "r")}
+
+
+def run(
+    *arguments: str, env: Mapping[str, str], cwd: Path = APPS, check: int | None = None
+) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([*CLI, *arguments], env=env, cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
+    if check is not None:
+        assert done.returncode == check, done.stderr
+    return done
+
+
+BAD_INPUT = {
+    "no such module": (["nowhere:app"], 10, "there is no module nowhere in"),
+    "no such attribute": (["echo:nothing"], 10, "has no nothing"),
+    "no attribute": (["echo"], 10, "write module:attribute"),
+    "not a handler": (["handlers:ticks"], 11, "an async def handler(connection) is needed"),
+    "not async": (["handlers:not_async"], 11, "is no coroutine function"),
+    "bad address": (["--listen", "localhost", "echo:echo"], 14, "write HOST:PORT"),
+    "bad port": (["--listen", "localhost:http", "echo:echo"], 14, "is no number from 0 to 65535"),
+    "unknown host": (["--listen", "nowhere.invalid:80", "echo:echo"], 14, "cannot be found"),
+    "no such python": (["--python", "./nopython", "echo:echo"], 17, "there is no interpreter"),
+    "no such python on the path": (["--python", "python9.9", "echo:echo"], 17, "there is no python9.9 on the PATH"),
+    "no such directory": (["--chdir", "/nonexistent", "echo:echo"], 3, "/nonexistent does not exist"),
+    "no such config": (["--config", "none.toml", "echo:echo"], 2, "none.toml: cannot be read"),
+    "bad name": (["--name", "a/b", "echo:echo"], 2, "cannot be a holder's name"),
+    "no application": ([], 2, "name the application as module:attribute"),
+    "bad workers": (["--workers", "0", "echo:echo"], 2, "workers"),
+    "no group": (["--listen", "unix:///tmp/co-none.sock?group=nosuchgroup", "echo:echo"], 14, "there is no group"),
+    "no directory for the socket": (["--listen", "unix:///nonexistent/x.sock", "echo:echo"], 14, "cannot be bound"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_gets_one_sentence_and_its_own_status(case: str, runtime: dict[str, str]) -> None:
+    """No traceback, a distinct exit status, and what to do."""
+    arguments, status, sentence = BAD_INPUT[case]
+    listen = [] if "--listen" in arguments else ["--listen", "127.0.0.1:0"]
+    done = run("run", *listen, *arguments, env=runtime)
+    assert done.returncode == status, done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("copyover: ")]
+    assert len(said) == 1
+    assert sentence in said[0]
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_config_error_names_file_line_and_key(runtime: dict[str, str], tmp_path: Path) -> None:
+    """Found in one look at the file."""
+    file = tmp_path / "copyover.toml"
+    file.write_text('app = "echo:echo"\n\nwokers = 2\n', encoding="utf-8")
+    done = run("run", "--config", str(file), env=runtime, check=2)
+    assert f"{file}:3: wokers: is no key of copyover.toml; did you mean workers?" in done.stderr
+    file.write_text('app = "echo:echo"\nworkers = "two"\n', encoding="utf-8")
+    done = run("run", "--config", str(file), env=runtime, check=2)
+    assert f"{file}:2: workers: should be of type int, not str" in done.stderr
+    file.write_text('app = "echo:echo\n', encoding="utf-8")
+    done = run("run", "--config", str(file), env=runtime, check=2)
+    assert f"{file}:1: no TOML" in done.stderr
+
+
+def test_an_address_in_use_is_said(runtime: dict[str, str]) -> None:
+    """Exit 12, with the command that finds who has it."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run("run", "--listen", f"127.0.0.1:{port}", "echo:echo", env=runtime, check=12)
+    assert f"another process listens on 127.0.0.1:{port}" in done.stderr
+
+
+def test_a_runtime_directory_that_others_may_write_is_refused(runtime: dict[str, str], tmp_path: Path) -> None:
+    """Whoever can write it could replace the sockets."""
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r").chmod(0o777)
+    done = run("run", "--listen", "127.0.0.1:0", "echo:echo", env=runtime, check=16)
+    assert "others could replace its sockets" in done.stderr
+
+
+def test_a_second_holder_of_a_name_is_refused_and_a_dead_ones_socket_replaced(copyover_server: Servers) -> None:
+    """One holder a name, by a lock that the kernel gives back when the holder dies."""
+    server = copyover_server("echo:echo", chdir=str(APPS))
+    server.expect_errors = True
+    env = {**os.environ, "COPYOVER_RUNTIME_DIR": str(server.directory)}
+    done = run("run", "--name", server.name, "--listen", "127.0.0.1:0", "echo:echo", env=env, check=15)
+    assert f"a holder named '{server.name}' is running (pid {server.pid})" in done.stderr
+    server.kill()
+    assert run("status", server.name, env=env).returncode == 6
+    arguments = [*CLI, "run", "--name", server.name, "--listen", "127.0.0.1:0", "echo:echo"]
+    with subprocess.Popen(arguments, env=env, cwd=APPS, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as second:
+        assert second.stdout is not None
+        assert second.stdout.readline().startswith(b"ready ")
+        assert run("status", server.name, env=env).returncode == 0
+        run("stop", server.name, env=env, check=0)
+        assert second.wait(30) == 0
+
+
+def test_no_holder_is_exit_6_and_status_says_who_serves(copyover_server: Servers, runtime: dict[str, str]) -> None:
+    """Every question has its answer on stdout as JSON, and its truth in the exit code."""
+    for command in ("reload", "status", "connections", "stop"):
+        done = run(command, "nobody", env=runtime, check=6)
+        assert "no holder named 'nobody' listens" in done.stderr
+        assert done.stdout == ""
+    server = copyover_server("echo:echo", chdir=str(APPS), workers=2)
+    status = server.status()
+    assert {"schema", "name", "pid", "generation", "phase", "listeners", "workers", "connections", "counters"} < set(
+        status
+    )
+    assert status["last_reload"]["outcome"] == "done"
+    assert [worker["connections"] for worker in status["workers"]] == [0, 0]
+    with Client(server.address) as client:
+        assert client.ask(b"x\n") == b"x\n"
+        [row] = server.connections()
+        host, port = client.socket.getsockname()
+        assert row["peer"] == f"{host}:{port}"
+    env = {**os.environ, "COPYOVER_RUNTIME_DIR": str(server.directory), "COPYOVER_NAME": server.name}
+    assert "ready" in run("status", env=env, check=0).stdout
+    assert run("connections", env=env, check=0).stderr == ""
+    done = run("reload", env=env, check=0)
+    assert done.stdout == ""
+    assert "generation 2 serves: " in done.stderr
+
+
+def test_reload_json_is_one_object(copyover_server: Servers) -> None:
+    """The keys that deploy scripts rely on."""
+    server = copyover_server("echo:echo", chdir=str(APPS))
+    answer = server.reload().answer
+    assert set(answer) == {
+        *("schema", "outcome", "exit_code", "generation", "serving_generation", "connections", "kept"),
+        *("pause_ms", "phases_ms", "error", "stderr_tail"),
+    }
+    assert answer["generation"] == {"from": 1, "to": 2}
+    assert answer["phases_ms"].keys() == {"booting", "staging", "moving"}
+
+
+def test_the_sockets_are_the_owners_alone(copyover_server: Servers) -> None:
+    """The directory is 0700, the control socket 0600."""
+    server = copyover_server("echo:echo", chdir=str(APPS))
+    directory = server.directory / server.name
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    assert stat.S_IMODE((directory / "control.sock").stat().st_mode) == 0o600
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_is_denied(copyover_server: Servers) -> None:
+    """Exit 8 for whoever may not connect, and for whoever gets through the directory all the same."""
+    server = copyover_server("echo:echo", chdir=str(APPS))
+    control = server.directory / server.name / "control.sock"
+    program = (
+        "import os, socket, sys; os.setgid(65534); os.setuid(65534)\n"
+        "s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); s.settimeout(30); print(s.recv(1000).decode())"
+    )
+    refused = subprocess.run([sys.executable, "-c", program, str(control)], capture_output=True, text=True, check=False)
+    assert "PermissionError" in refused.stderr
+    for path in (server.directory, control.parent):
+        path.chmod(0o711)
+    control.chmod(0o666)
+    let_in = subprocess.run([sys.executable, "-c", program, str(control)], capture_output=True, text=True, check=True)
+    assert json.loads(let_in.stdout) == {"denied": "only the holder's own user and root may command it"}
+
+
+def test_rubbish_on_the_control_socket_is_answered_and_dropped(copyover_server: Servers) -> None:
+    """Whoever speaks no JSON gets a sentence; the holder stays up, and keeps no descriptor."""
+    server = copyover_server("echo:echo", chdir=str(APPS))
+    before = server.descriptors()
+    control = str(server.directory / server.name / "control.sock")
+    rubbish = [b"\x00\xff\n", b"[]\n", b'{"do": 3}\n', b'{"do": "dance"}\n', b'{"do": "reload", "timeout_s": "x"}\n']
+    for line in [*rubbish, b"[" * 5000 + b"\n", b"x" * (70 << 10)]:
+        with Client(control) as caller:
+            caller.send(line)
+            assert "error" in json.loads(caller.line())
+            assert caller.receive(1) == b""
+    with Client(control):
+        pass  # says nothing and goes
+    assert server.status()["is_serving"]
+    assert server.descriptors() == before
+
+
+def test_ctrl_c_detaches_and_the_reload_goes_on(copyover_server: Servers, tmp_path: Path) -> None:
+    """Exit 7, said in a sentence; the change is the holder's, not the terminal's."""
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    app = tmp_path / "app.py"
+    slow = f"import os\nasync def startup():\n    if os.path.exists({str(gate)!r}): open({str(gate)!r}).read()\n"
+    app.write_text("async def handler(c):\n    await c.read()\n", encoding="utf-8")
+    server = copyover_server("app:handler", chdir=str(tmp_path))
+    app.write_text(app.read_text(encoding="utf-8") + slow, encoding="utf-8")
+    env = {**os.environ, "COPYOVER_RUNTIME_DIR": str(server.directory)}
+    ours, theirs = pty.openpty()
+    with subprocess.Popen([*CLI, "reload", server.name], env=env, stderr=theirs, stdout=theirs) as client:
+        os.close(theirs)
+        seen = b""
+        while b"booting" not in seen:  # the progress bar, on a terminal
+            assert select.select([ours], [], [], 30)[0]
+            seen += os.read(ours, 4096)
+        client.send_signal(signal.SIGINT)
+        assert client.wait(30) == 7
+    rest = seen
+    while select.select([ours], [], [], 1)[0]:
+        try:
+            rest += os.read(ours, 4096)
+        except OSError:  # EIO: the other side of the terminal is closed. pty(7)
+            break
+    os.close(ours)
+    assert b"no longer waiting; the reload goes on" in rest
+    assert server.status()["phase"]["name"] == "booting"
+    gate.open("w", encoding="utf-8").close()
+    while server.status()["generation"] != 2:
+        assert server.status()["is_serving"]
+
+
+def test_listeners_can_be_passed_and_the_manager_is_told(runtime: dict[str, str], tmp_path: Path) -> None:
+    """Socket activation and sd_notify, as systemd does them."""
+    manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    manager.bind(str(tmp_path / "notify"))
+    manager.settimeout(30)
+    listener = socket.create_server(("127.0.0.1", 0))
+    address = listener.getsockname()
+    program = (
+        "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1', "
+        "LISTEN_FDNAMES='web'); os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
+    )
+    command = [sys.executable, "-c", program, str(listener.fileno()), *CLI[1:], "run", "handlers:on_listener"]
+    env = {**runtime, "NOTIFY_SOCKET": str(tmp_path / "notify")}
+    with subprocess.Popen(
+        command, env=env, cwd=APPS, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, pass_fds=[listener.fileno()]
+    ) as holder:
+        listener.close()
+        assert manager.recv(100) == b"READY=1"
+        with Client(address) as client:
+            assert client.ask(b"x\n") == b"web x\n"
+            holder.send_signal(signal.SIGHUP)
+            assert manager.recv(100).startswith(b"RELOADING=1\nMONOTONIC_USEC=")
+            assert manager.recv(100) == b"READY=1"
+            assert client.ask(b"y\n") == b"web y\n"
+        holder.send_signal(signal.SIGTERM)
+        assert manager.recv(100) == b"STOPPING=1"
+        assert holder.wait(30) == 0
+    manager.close()
+
+
+def test_what_a_reload_cannot_change_is_refused(copyover_server: Servers) -> None:
+    """Each key is reloadable or not; one that is not is named."""
+    server = copyover_server("echo:echo", chdir=str(APPS))
+    server.configure(listen=["127.0.0.1:0", "127.0.0.2:0"])
+    result = server.reload()
+    assert result.exit_code == 3
+    assert "listen cannot be changed by a reload" in str(result.error)
+    server.configure(listen=["127.0.0.1:0"], workers=3)
+    assert server.reload().outcome == "done"
+    assert len([worker for worker in server.status()["workers"] if worker["state"] == "ready"]) == 3
