@@ -27,6 +27,7 @@ PURE = {
     "events",
     "holdings",
     "move",
+    "change",
     "reload",
     "worker.agent",
     "worker.effects",
@@ -44,7 +45,8 @@ ROOMS: dict[str, set[str]] = {
     "events": {"messages"},
     "holdings": {"errors", "events", "ledger", "messages"},
     "move": {"events", "holdings", "ledger", "messages"},
-    "reload": {"errors", "events", "holdings", "ledger", "messages", "move"},
+    "change": {"events", "move"},
+    "reload": {"change", "errors", "events", "holdings", "ledger", "messages", "move"},
     # ---- the holder
     "process": {"errors"},
     "listeners": {"errors"},
@@ -54,10 +56,10 @@ ROOMS: dict[str, set[str]] = {
     "holder": set(),
     "holder.crew": {"", "channel", "errors", "listeners", "messages", "process", "release", "sockets", "wire"},
     "holder.control": {"directory", "errors"},
-    "holder.report": {"events", "holder.crew", "holdings", "ledger", "reload"},
+    "holder.report": {"change", "events", "holder.crew", "holdings", "ledger", "reload"},
     "holder.daemon": {
         *("channel", "config", "directory", "errors", "events", "listeners", "messages", "process", "release"),
-        *("reload", "sockets", "holder.control", "holder.crew", "holder.report"),
+        *("change", "reload", "sockets", "holder.control", "holder.crew", "holder.report"),
     },
     "holder.__main__": {"config", "directory", "errors", "holder.daemon", "listeners", "process"},
     # ---- the worker
@@ -82,8 +84,9 @@ ROOMS: dict[str, set[str]] = {
     # ---- the operator's side, and the user's tests
     "console": {"directory", "errors"},
     "cli": {"config", "console", "directory", "errors"},
-    "swarm": {"errors"},
-    "testing": {"swarm"},
+    "verifying": {"errors"},
+    "swarm": {"verifying"},
+    "testing": {"swarm", "verifying"},
 }
 
 
@@ -152,7 +155,7 @@ def test_who_loads_what(library: str) -> None:
         "cattrs": {"config"},
         "pyroute2": set[str](),
         "uvloop": {"worker.__main__"},
-        "asyncio": {room for room in FILES if room.startswith("worker")} | {"swarm"},
+        "asyncio": {room for room in FILES if room.startswith("worker")} | {"swarm", "verifying"},
     }[library]
     users = {room for room, path in FILES.items() if library in {name.split(".")[0] for name in imports_of(path)}}
     assert users <= allowed

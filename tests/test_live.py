@@ -164,6 +164,76 @@ def test_whole_lines_that_travel_unread_reach_everybody(copyover_server: Servers
             assert first.line() == second.line() == expected
 
 
+def test_a_straggler_speaks_to_those_that_have_moved(copyover_server: Servers) -> None:
+    """A broadcast of one that is late reaches everybody, and costs its sender nothing."""
+    config = {"gather_s": 0.1, "boundary_s": 30.0}
+    server = copyover_server("slow_room:straggle", chdir=APPS, move="together", config=config)
+    with Client(server.address) as slow, Client(server.address) as other:
+        slow.send(b"zero\n")
+        assert slow.line() == other.line() == b"zero\n"
+        slow.send(b"wait\n")
+        assert slow.line() == other.line() == b"wait\n"
+        server.reload(no_wait=True)
+        while [row["worker"] for row in server.connections()] != [1, 2]:
+            assert server.status()["is_serving"]
+        slow.send(b"late\n")  # still served by the incumbent, which has let go of the other
+        assert slow.line() == other.line() == b"said: late\n"
+        while server.status()["generation"] != 2:
+            assert server.status()["is_serving"]
+        assert server.status()["last_reload"]["connections"] == {"moved": 2, "kept": 0, "ended": 0, "lost": 0}
+        other.send(b"now\n")
+        assert slow.line() == other.line() == b"now\n"
+
+
+@BOTH_MOVES
+def test_a_time_out_of_the_incumbent_does_not_reach_a_client_that_moved(copyover_server: Servers, move: str) -> None:
+    """The clock of a frozen coroutine may run out: the client hears nothing of it."""
+    config = {"gather_s": 0.1, "boundary_s": 1.5}
+    server = copyover_server("handlers:idle_timeout", chdir=APPS, move=move, config=config)
+    server.expect_errors = True  # the time-out of the one that stays is its handler's failure
+    with Client(server.address) as idle, Client(server.address) as stays:
+        assert stays.ask(b"stay\n") == b"stay\n"
+        assert idle.ask(b"x\n") == b"x\n"
+        result = server.reload()  # takes longer than the time-out, because one stays
+        assert (result.exit_code, result.moved, result.lost) == (0, 1, 0)
+        assert idle.is_quiet()
+        assert idle.ask(b"still here\n") == b"still here\n"
+
+
+def test_closing_anothers_connection_ends_its_handler(copyover_server: Servers) -> None:
+    """A kick is an end like any other: FIN to the client, and the handler's clean-up runs."""
+    server = copyover_server("handlers:kick", chdir=APPS)
+    with Client(server.address) as first, Client(server.address) as second:
+        while len(server.connections()) < 2:
+            assert server.status()["is_serving"]
+        first.send(b"x\n")
+        assert second.receive(1) == b""
+        first.line()
+        second.socket.close()
+        while len(server.connections()) > 1:
+            assert server.status()["is_serving"]
+        assert first.ask(b"x\n") == b"1 left\n"
+
+
+def test_a_state_is_exact_also_when_it_is_empty(copyover_server: Servers) -> None:
+    """What a factory gives to fresh connections is not given again after a move."""
+    server = copyover_server("handlers:spend", chdir=APPS)
+    with Client(server.address) as client:
+        assert client.ask(b"x\n") == b"['lives']\n"
+        assert client.ask(b"clear\n") == b"[]\n"
+        server.reload().assert_lossless()
+        assert client.ask(b"x\n") == b"[]\n"
+
+
+def test_long_lines_after_short_reads(copyover_server: Servers) -> None:
+    """A small read does not make the buffer too small for the next line."""
+    server = copyover_server("handlers:mixed", chdir=APPS)
+    with Client(server.address) as client:
+        for size in (10, 300_000, 65_536):
+            client.send(b"x" * size + b"\n1234")
+            assert client.line() == b"%d 4\n" % size
+
+
 def test_shared_state_that_cannot_be_exported_rolls_back(copyover_server: Servers) -> None:
     """A cut without its shared state is no consistent cut: everything returns, the very coroutines go on."""
     server = copyover_server("handlers:room_that_cannot_share", chdir=APPS, move="together")

@@ -17,12 +17,13 @@ import click
 from copyover import config as configs
 from copyover import console
 from copyover import directory as directories
-from copyover.errors import ConfigError, CopyoverError, HolderAbsent
+from copyover.errors import CopyoverError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-DENIED, STOPPED_WAITING, BUSY = 8, 7, 5
+DENIED, STOPPED_WAITING = 8, 7
+GRACE_S = 30.0  # a roll-back takes its time beyond the deadline
 
 
 class _Group(click.Group):
@@ -98,10 +99,14 @@ def reload(name: str | None, timeout_s: float | None, move: str | None, *, as_js
     name = name or directories.default_name()
     request = {"do": "reload", "wait": not no_wait, "timeout_s": timeout_s, "move": move}
     try:
-        with console.call(name, request) as answers:
+        patience_s = None if timeout_s is None else timeout_s + GRACE_S
+        with console.call(name, request, patience_s=patience_s) as answers:
             result = _await_result(answers)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, TimeoutError):
         click.echo(f"\ncopyover: no longer waiting; the reload goes on, see: copyover status {name}", err=True)
+        result = {"schema": 1, "outcome": "timeout", "exit_code": STOPPED_WAITING, "error": "no longer waited for"}
+        if as_json:
+            click.echo(json.dumps(result))
         sys.exit(STOPPED_WAITING)
     if as_json:
         click.echo(json.dumps(result))
@@ -117,7 +122,7 @@ def _await_result(answers: Iterator[dict[str, Any]]) -> dict[str, Any]:
                 show(answer["progress"])
             else:
                 return _result_of(answer)
-    raise HolderAbsent("the holder went away before it answered; see its log, and copyover status")
+    raise CopyoverError("the holder went away before it answered: what became of the reload is in its log")
 
 
 def _result_of(answer: dict[str, Any]) -> dict[str, Any]:
@@ -125,7 +130,7 @@ def _result_of(answer: dict[str, Any]) -> dict[str, Any]:
         click.echo(f"copyover: {answer['denied']}", err=True)
         sys.exit(DENIED)
     if "error" in answer:
-        raise ConfigError(str(answer["error"]))
+        raise UsageError(str(answer["error"]))
     result: dict[str, Any] = answer["result"]
     return result
 
@@ -195,10 +200,15 @@ def stop(name: str | None, *, as_json: bool) -> None:
 
 
 def _ask(name: str | None, request: dict[str, Any]) -> dict[str, Any]:
-    with console.call(name or directories.default_name(), request) as answers:
-        for answer in answers:
-            return _result_of(answer)
-    raise HolderAbsent("the holder went away before it answered")
+    name = name or directories.default_name()
+    try:
+        with console.call(name, request, patience_s=GRACE_S) as answers:
+            for answer in answers:
+                return _result_of(answer)
+    except TimeoutError:
+        click.echo(f"copyover: the holder {name!r} lives and does not answer; is it stopped (SIGSTOP)?", err=True)
+        sys.exit(STOPPED_WAITING)
+    raise CopyoverError("the holder went away before it answered")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 import cattrs
-from attrs.validators import ge, gt, in_, instance_of, min_len, optional
+from attrs.validators import ge, gt, in_, instance_of, le, min_len
 
 from copyover import listeners
 from copyover.errors import ConfigError
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 def _key(doc: str, *, reloadable: bool = True, **options: Any) -> Any:
     return attrs.field(metadata={"doc": doc, "reloadable": reloadable}, **options)
+
+
+LONGEST_S = 1e7  # 115 days: longer is never, and infinity is no number of milliseconds
 
 
 @attrs.frozen(kw_only=True)
@@ -40,16 +43,24 @@ class Config:
     app_dir: str = _key("where modules are imported from, relative to chdir", default=".")
     move: str = _key("how connections move", default="together", validator=in_(("together", "rolling")))
     loop: str = _key("the event loop", default="auto", validator=in_(("auto", "asyncio", "uvloop")))
-    timeout_s: float = _key("a reload that has not committed by then is rolled back", default=60.0, validator=gt(0))
-    gather_s: float = _key("how long a consistent cut waits for stragglers", default=1.0, validator=gt(0))
-    boundary_s: float = _key("how long a connection may take to reach a boundary", default=5.0, validator=gt(0))
-    drain_timeout_s: float = _key("how long kept connections may live on", default=3600.0, validator=ge(0))
+    timeout_s: float = _key(
+        "a reload that has not committed by then is rolled back", default=60.0, validator=[gt(0), le(LONGEST_S)]
+    )
+    gather_s: float = _key(
+        "how long a consistent cut waits for stragglers", default=1.0, validator=[gt(0), le(LONGEST_S)]
+    )
+    boundary_s: float = _key(
+        "how long a connection may take to reach a boundary", default=5.0, validator=[gt(0), le(LONGEST_S)]
+    )
+    drain_timeout_s: float = _key(
+        "how long kept connections may live on", default=3600.0, validator=[ge(0), le(LONGEST_S)]
+    )
     max_retiring: int = _key("generations that may retire at a time", default=2, validator=ge(1))
-    stop_timeout_s: float = _key("how long a stop waits for boundaries", default=10.0, validator=ge(0))
+    stop_timeout_s: float = _key("how long a stop waits for boundaries", default=10.0, validator=[ge(0), le(LONGEST_S)])
     line_bytes: int = _key("the longest line", default=64 << 10, validator=ge(1))
     message_bytes: int = _key("the longest message of messages() and read_exactly()", default=1 << 20, validator=ge(1))
     unsent_bytes: int = _key("what may be unsent before a client is aborted", default=16 << 20, validator=ge(1))
-    record_bytes: int = _key("the largest record that travels", default=32 << 20, validator=optional(ge(1)))
+    record_bytes: int = _key("the largest record that travels", default=32 << 20, validator=ge(1))
 
     @property
     def worker_options(self) -> dict[str, Any]:
@@ -146,6 +157,18 @@ def _line_of(key: str, text: str) -> int | None:
         if re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*[=.]|\s*\[+{re.escape(key)}[\].]", line):
             return number
     return None
+
+
+def wishes(wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Return those of *wanted* that are not None, checked as if they were flags of ``run``.
+
+    Raises:
+        ConfigError: a value cannot be used.
+
+    """
+    given = {key: value for key, value in wanted.items() if value is not None}
+    return {key: _checked(key, value, file=None, line=None) for key, value in given.items()}
 
 
 def unreloadable(running: Config, wanted: Config) -> list[str]:

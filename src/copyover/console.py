@@ -27,17 +27,19 @@ class Denied(PermissionRefused):
 
 
 @contextlib.contextmanager
-def call(name: str, request: dict[str, Any]) -> Iterator[Iterator[dict[str, Any]]]:
+def call(name: str, request: dict[str, Any], *, patience_s: float | None) -> Iterator[Iterator[dict[str, Any]]]:
     """
     Send one request to the holder *name*; iterate over its answers.
 
     Raises:
+        TimeoutError: no line came for *patience_s* seconds (None: wait for ever).
         HolderAbsent: nobody listens.
         Denied: this user may not connect.
 
     """
     path = directories.of(name).control
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(patience_s)
         try:
             sock.connect(str(path))
         except PermissionError as refused:

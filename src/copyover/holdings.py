@@ -244,6 +244,24 @@ class Holdings:
                 self.accept_off(accepting, is_moving=False)
         return entries
 
+    def forward(self, event: events.FromWorker) -> None:
+        """Give what was pushed to connections that have moved to whoever has them; to one that ended, to nobody."""
+        message = messages.expect(event.message, messages.Forward)
+        per_owner: dict[int, list[tuple[int, bytes]]] = {}
+        for cookie, pushed in zip(message.cookie, message.pushed, strict=True):
+            entry = self.ledger.entries.get(cookie)
+            if entry is not None and entry.standing is Standing.PARKED:
+                entry.moving.pushed.append(pushed)
+            elif entry is not None:
+                per_owner.setdefault(entry.owner, []).append((cookie, pushed))
+        for owner, rows in per_owner.items():
+            self.push(owner, rows)
+
+    def push(self, worker: int, rows: list[tuple[int, bytes]]) -> None:
+        if rows:
+            cookies, pushed = zip(*rows, strict=True)
+            self.send(worker, messages.Push(cookie=cookies, pushed=pushed))
+
     def release(self, event: events.FromWorker, on_ended: Callable[[int], None]) -> None:
         """
         A worker says which of its connections ended; *on_ended* is called for each.
@@ -264,6 +282,11 @@ class Holdings:
             self.counters["expired"] += how == messages.How.EXPIRED
             on_ended(cookie)
         self.drop(copies)
+
+    def is_retiring(self, cookie: int) -> bool:
+        """Whether a connection lives on in a generation that does not serve any more."""
+        owner = self.workers.get(self.ledger.entries[cookie].owner)
+        return owner is not None and owner.strength is Strength.RETIRING
 
     def lose(self, cookie: int) -> None:
         """Nobody can serve it any more; its client is told."""

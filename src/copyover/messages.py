@@ -234,6 +234,15 @@ class Adopted(Message):
     pause_us: tuple[int, ...] = column("I")
 
 
+@attrs.frozen(kw_only=True)
+class Forward(Message):
+    """Somebody here pushed to these after they were frozen here: whoever has them sends it to the client."""
+
+    KIND: ClassVar[int] = 12
+    cookie: tuple[int, ...] = column("Q")
+    pushed: tuple[bytes, ...] = blob()
+
+
 # ---- holder to worker
 
 
@@ -354,8 +363,17 @@ class Stop(Message):
     drain_ms: int = rare(int)
 
 
-FROM_WORKER = (Hello, Ready, Failed, Lend, Release, AcceptOffAck, Staged, Frozen, Refused, Gathered, Adopted)
-FROM_HOLDER = (Welcome, LendAck, AcceptOn, AcceptOff, Stage, Freeze, Thaw, Enter, Drop, Commit, MoveOver, Stop)
+@attrs.frozen(kw_only=True)
+class Push(Message):
+    """Send these bytes on these connections of yours; not yours any more, they come back as a forward."""
+
+    KIND: ClassVar[int] = 44
+    cookie: tuple[int, ...] = column("Q")
+    pushed: tuple[bytes, ...] = blob()
+
+
+FROM_WORKER = (Hello, Ready, Failed, Lend, Release, AcceptOffAck, Staged, Frozen, Refused, Gathered, Adopted, Forward)
+FROM_HOLDER = (Welcome, LendAck, AcceptOn, AcceptOff, Stage, Freeze, Thaw, Enter, Drop, Commit, MoveOver, Stop, Push)
 BY_KIND: dict[int, type[Message]] = {kind.KIND: kind for kind in (*FROM_WORKER, *FROM_HOLDER)}
 
 

@@ -295,6 +295,9 @@ class Move:
                     **messages.record_columns(records),
                 ),
             )
+            self._holdings.push(target, [(entry.cookie, pushed) for entry in chunk for pushed in entry.moving.pushed])
+            for entry in chunk:
+                entry.moving.pushed.clear()
             if not all(record.flags & messages.RecordFlag.CUT for record in records):
                 self._holdings.send(target, messages.Enter(cut=False))
 

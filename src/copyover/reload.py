@@ -7,11 +7,11 @@ as an argument, and what is to be done comes out as effects.
 
 from __future__ import annotations
 
-import enum
 import itertools
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from copyover import messages
+from copyover.change import Change, Phase
 from copyover.errors import IllegalEvent
 from copyover.events import (
     AskAgain,
@@ -33,56 +33,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from copyover.ledger import Ledger
-
-KEPT_SHOWN = 10
-
-
-class Phase(enum.Enum):
-    SERVING = "serving"
-    BOOTING = "booting"
-    STAGING = "staging"
-    MOVING = "moving"
-    ROLLING_BACK = "rolling-back"
-    STOPPING = "stopping"
-    STOPPED = "stopped"
-
-
-class Change:
-    """One reload under way: what was asked for, its move, and what it took so far."""
-
-    def __init__(self, asked: Reload, from_generation: int, now_s: float, move: Move) -> None:
-        self.asked = asked
-        self.from_generation = from_generation
-        self.move = move
-        self.phases_ms: dict[str, float] = {}
-        self.reason: str | None = None
-        self.status = 0
-        self._phase_began_s = now_s
-
-    def leave_phase(self, phase: Phase, now_s: float) -> float:
-        """Note how long the phase took, in ms, and return it."""
-        spent_ms = round((now_s - self._phase_began_s) * 1000, 3)
-        self.phases_ms[phase.value] = spent_ms
-        self._phase_began_s = now_s
-        return spent_ms
-
-    def result(self, outcome: Outcome, serving_generation: int) -> Result:
-        move = self.move
-        return Result(
-            outcome=outcome,
-            from_generation=self.from_generation,
-            to_generation=self.asked.generation,
-            serving_generation=serving_generation,
-            moved=move.moved if outcome is Outcome.DONE else 0,
-            kept=len(move.kept),
-            ended=move.ended,
-            lost=move.lost,
-            kept_reasons=tuple(itertools.islice(move.kept.items(), KEPT_SHOWN)),
-            pauses_us=tuple(move.pauses_us),
-            phases_ms=self.phases_ms,
-            error=self.reason,
-            status=self.status,
-        )
 
 
 class Machine:
@@ -358,6 +308,8 @@ class Machine:
         change, holdings = self._under_way, self.holdings
         self.change = None
         holdings.ledger.settle()
+        # What the incumbent kept in a roll-back is where it belongs.
+        change.move.kept = {cookie: why for cookie, why in change.move.kept.items() if holdings.is_retiring(cookie)}
         holdings.kept.update(change.move.kept)
         result = change.result(outcome, holdings.generation)
         holdings.counters["reloads_" + outcome.value] += 1
@@ -398,6 +350,9 @@ class Machine:
         entries = self.holdings.lend(event)
         if event.worker in self._move.incumbents:
             self._move.stage(entries)
+
+    def _forward(self, event: FromWorker) -> None:
+        self.holdings.forward(event)
 
     def _release(self, event: FromWorker) -> None:
         self.holdings.release(event, lambda _: None)
@@ -505,13 +460,14 @@ class Machine:
     _CHANGING: ClassVar = (Phase.BOOTING, Phase.STAGING, Phase.MOVING, Phase.ROLLING_BACK)
     _LIVING: ClassVar = (Phase.SERVING, *_CHANGING, Phase.STOPPING)
     _COUNTS_AFTER_DEATH: ClassVar = frozenset(
-        {messages.Lend, messages.Release, messages.Frozen, messages.Refused, messages.Adopted}
+        {messages.Lend, messages.Release, messages.Frozen, messages.Refused, messages.Adopted, messages.Forward}
     )
     _TRANSITIONS: ClassVar[dict[tuple[Phase, type], Callable[[Machine, Any], None]]] = {
         # -------------------------------- whatever happens else
         **dict.fromkeys(itertools.product(Phase, [TimerFired]), _timer),
         **dict.fromkeys(itertools.product(_LIVING, [messages.Lend]), _lend),
         **dict.fromkeys(itertools.product(_LIVING, [messages.Release]), _release),
+        **dict.fromkeys(itertools.product(_LIVING, [messages.Forward]), _forward),
         **dict.fromkeys(itertools.product(_LIVING, [messages.Staged]), _staged),  # of what is refused by now
         **dict.fromkeys(itertools.product(_LIVING, [messages.Gathered]), _void),  # of a move that was rolled back
         **dict.fromkeys(itertools.product(_LIVING, [messages.AcceptOffAck]), _accept_off_acked_in_peace),

@@ -35,7 +35,8 @@ from urllib.parse import urlsplit
 import attrs
 import pytest
 
-from copyover.swarm import Plan, Swarm, SwarmReport, wait_ended
+from copyover.swarm import Swarm, wait_ended
+from copyover.verifying import Plan, SwarmReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -240,7 +241,7 @@ class Server:
         address: tuple[str, int] | str | None = None,
         **plan: Any,
     ) -> Swarm:
-        """Connect verifying clients; *plan* has the other fields of copyover.swarm.Plan."""
+        """Connect verifying clients; *plan* has the other fields of copyover.verifying.Plan."""
         return Swarm(Plan(address=address or self.addresses[0], clients=clients, **plan), reply)
 
     def _run(self, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -175,6 +175,55 @@ ticks = _Ticks()
 not_async = len
 
 
+async def idle_timeout(connection: Connection) -> None:
+    """Give a client half a second of silence; what comes after the time-out must never reach a client that moved."""
+    try:
+        async with asyncio.timeout(0.5 if not connection.resumed else 60):
+            async for line in connection.lines():
+                await connection.write(line + b"\n")
+                if line == b"stay":
+                    async with connection.pinned("stays"):
+                        await connection.read_until(b"go\n")
+    finally:
+        connection.push(b"bye\n")
+
+
+crowd: list[Connection] = []
+
+
+async def kick(connection: Connection) -> None:
+    """Any line ends everybody else, in the orderly way."""
+    crowd.append(connection)
+    try:
+        async for _ in connection.lines():
+            for other in crowd:
+                if other is not connection:
+                    await other.close()
+            await connection.write(b"%d left\n" % len(crowd))
+    finally:
+        crowd.remove(connection)
+
+
+def _lives() -> dict[str, Any]:
+    return {"lives": 3}
+
+
+async def _spend(connection: Connection) -> None:
+    async for line in connection.lines():
+        if line == b"clear":
+            connection.state.clear()
+        await connection.write(f"{sorted(connection.state)}\n".encode())
+
+
+spend = copyover.Application(handler=_spend, state=_lives)
+
+
+async def mixed(connection: Connection) -> None:
+    async for line in connection.lines(limit=1 << 20):
+        size = len(await connection.read_exactly(4))
+        await connection.write(b"%d %d\n" % (len(line), size))
+
+
 async def on_listener(connection: Connection) -> None:
     async for line in connection.lines():
         await connection.write(connection.listener.encode() + b" " + line + b"\n")

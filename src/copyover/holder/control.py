@@ -166,6 +166,8 @@ class Desk:
         try:
             if caller.has_unsent:
                 self._flush(caller)
+                if not self.is_present(caller.number):
+                    return  # that was its last answer
             for request in caller.requests():
                 self._answer(caller.number, request)
         except BadRequest as problem:

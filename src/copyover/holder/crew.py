@@ -7,6 +7,7 @@ It starts, greets and buries them; what their messages mean is decided in reload
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import os
 import platform
@@ -49,8 +50,9 @@ class Tail:
             data = os.read(self._descriptor, 64 << 10)
         except BlockingIOError:
             return True
-        sys.stderr.buffer.write(data)
-        sys.stderr.buffer.flush()
+        with contextlib.suppress(OSError):  # our own stderr may be gone; the tail is kept all the same
+            sys.stderr.buffer.write(data)
+            sys.stderr.buffer.flush()
         *lines, self._partial = (self._partial + data).split(b"\n")
         if not data and self._partial:
             lines, self._partial = [self._partial], b""

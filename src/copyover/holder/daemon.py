@@ -21,6 +21,7 @@ import attrs
 
 from copyover import config as configs
 from copyover import events, messages, process, reload
+from copyover.change import Phase
 from copyover.errors import ChangeRefused, ChannelClosed, CopyoverError, IllegalEvent, UsageError, WireError
 from copyover.holder import control, crew, report
 from copyover.release import Release, pin
@@ -38,6 +39,7 @@ log = logging.getLogger("copyover.holder")
 
 PACKETS_A_TURN = 64
 PROGRESS_S = 0.05
+LONGEST_SLEEP_S = 3600.0  # epoll takes 24 days at most. epoll_wait(2)
 RESERVED_DESCRIPTORS = 1024  # listeners, channels, callers, and lends under way when the holder is full
 _BOOT = -1  # who asked for the first generation
 _SIGNAL = 0
@@ -112,13 +114,14 @@ class Daemon:
                 del self._timers[name]
                 fire()
         self._settle()
-        if self._machine.phase is reload.Phase.STOPPED:
+        if self._machine.phase is Phase.STOPPED:
             self._exit_code = 0 if self._exit_code is None else self._exit_code
 
     def _until_next_timer(self) -> float | None:
         if not self._timers:
             return None
-        return max(min(deadline_s for deadline_s, _ in self._timers.values()) - time.monotonic(), 0.0)
+        until_s = min(deadline_s for deadline_s, _ in self._timers.values()) - time.monotonic()
+        return min(max(until_s, 0.0), LONGEST_SLEEP_S)
 
     def _watch(self, fileobj: Any, callback: Callable[[], None], mask: int = selectors.EVENT_READ) -> None:
         if fileobj in self._selector.get_map():
@@ -327,7 +330,7 @@ class Daemon:
     def _ask_reload(self, asker: int, wishes: Mapping[str, Any] | None = None) -> None:
         wishes = wishes or {}
         config, generation = self._config, self._newest + 1
-        if self._machine.phase is reload.Phase.SERVING:  # else the machine says that it is busy
+        if self._machine.phase is Phase.SERVING:  # else the machine says that it is busy
             try:
                 config = self._read_settings(wishes)
                 release = pin(config)
@@ -397,7 +400,8 @@ class Daemon:
     def _booted(self, result: events.Result, answer: dict[str, Any]) -> None:
         if result.outcome is events.Outcome.DONE:
             where = ",".join(listener.url for listener in self._listeners)
-            print(f"ready name={self._config.name} pid={os.getpid()} listen={where}", flush=True)  # noqa: T201
+            with contextlib.suppress(OSError):  # nobody may read it any more
+                print(f"ready name={self._config.name} pid={os.getpid()} listen={where}", flush=True)  # noqa: T201
             crew.notify("READY=1")
             return
         self._failure = answer["error"]
@@ -423,15 +427,10 @@ class Daemon:
                 self._desk.reply(caller, {"error": f"this holder does not know {unknown!r}"}, is_last=True)
 
     def _answer_reload(self, caller: int, request: dict[str, Any]) -> None:
-        wishes = {}
-        for key, kinds in (("timeout_s", (int, float)), ("move", (str,))):
-            if request.get(key) is not None:
-                if type(request[key]) not in kinds or (key == "timeout_s" and not request[key] > 0):
-                    self._desk.reply(caller, {"error": f"{key} cannot be {request[key]!r}"}, is_last=True)
-                    return
-                wishes[key] = request[key]
-        if wishes.get("move", "together") not in ("together", "rolling"):
-            self._desk.reply(caller, {"error": f"move cannot be {wishes['move']!r}"}, is_last=True)
+        try:
+            wishes = configs.wishes({key: request.get(key) for key in ("timeout_s", "move")})
+        except UsageError as problem:
+            self._desk.reply(caller, {"error": str(problem)}, is_last=True)
             return
         if request.get("wait", True):
             self._waiting.add(caller)

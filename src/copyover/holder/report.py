@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from copyover.change import Phase
 from copyover.events import Outcome, Result
 from copyover.holdings import Strength
 from copyover.ledger import Standing
-from copyover.reload import Machine, Phase
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from copyover.holder.crew import Hand
     from copyover.ledger import Entry
+    from copyover.reload import Machine
 
 SCHEMA = 1
 BLOCKING_SHOWN = 10

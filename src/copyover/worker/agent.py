@@ -18,6 +18,7 @@ from copyover.errors import IllegalEvent
 from copyover.worker.effects import (
     Accept,
     Build,
+    Deliver,
     Discard,
     Effect,
     Export,
@@ -160,6 +161,27 @@ class Agent:
             del self.seats[cookie]
             gone.append(cookie)
         return [Discard(tuple(gone))] if gone else []
+
+    # ---- what others push
+
+    def forward(self, pushed: Sequence[tuple[int, bytes]]) -> list[Effect]:
+        """Somebody here pushed to connections that have moved."""
+        return [
+            Send(messages.Forward(cookie=tuple([c for c, _ in chunk]), pushed=tuple([data for _, data in chunk])))
+            for chunk in _chunks(pushed, messages.MAX_ROWS)
+        ]
+
+    def _push(self, message: messages.Push, _: int) -> list[Effect]:
+        ours: list[tuple[int, bytes]] = []
+        moved: list[tuple[int, bytes]] = []
+        for cookie, pushed in zip(message.cookie, message.pushed, strict=True):
+            seat = self.seats.get(cookie)
+            if seat is not None:
+                (moved if seat.standing is Standing.FROZEN else ours).append((cookie, pushed))
+        effects: list[Effect] = []
+        if ours:
+            effects.append(Deliver(tuple([cookie for cookie, _ in ours]), tuple([pushed for _, pushed in ours])))
+        return effects + self.forward(moved)
 
     # ---- freezing
 
@@ -376,6 +398,7 @@ class Agent:
         messages.Commit: _commit,
         messages.MoveOver: _move_over,
         messages.Stop: _stop,
+        messages.Push: _push,
     }
 
 

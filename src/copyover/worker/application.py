@@ -61,7 +61,7 @@ class Application(Generic[S]):
 
     def encode_state(self, state: S) -> bytes:
         """
-        Return *state* as bytes; b"" is the state of a fresh connection's empty dict.
+        Return *state* as bytes.
 
         Raises:
             CannotFreeze: it would not come out as it went in.
@@ -76,16 +76,12 @@ class Application(Generic[S]):
         kind: type = type(state)
         if attrs.has(kind):
             value = {name: getattr(state, name) for name in attrs.fields_dict(kind)}
-        if value == {}:
-            return b""
         return json_bytes(value, "state")
 
     def decode_state(self, encoded: bytes, schema: int) -> S:
         """Return the state that *encoded* is, written with *schema*; whatever the application's code raises passes."""
         if self.decode is not None:
             return self.decode(encoded, schema)
-        if not encoded:
-            return self.state()
         value = json.loads(encoded)
         made: Any = self.state(**value) if isinstance(self.state, type) and attrs.has(self.state) else value
         return made  # type: ignore[no-any-return]  # it is what such an application declared

@@ -146,9 +146,19 @@ class Standing:
             await self._pass_gate()
 
     async def _pass_gate(self) -> None:
-        """Stay suspended while halted; for good, if the connection moves."""
+        """
+        Stay suspended while halted; for good, if the connection moves.
+
+        A time-out that fires meanwhile is held back: where the connection has moved, its clock runs elsewhere.
+        """
+        held_back: asyncio.CancelledError | None = None
         while self._gate is not None:
-            await self._gate.wait()
+            try:
+                await self._gate.wait()
+            except asyncio.CancelledError as cancelled:
+                held_back = cancelled
+        if held_back is not None:
+            raise held_back
 
     async def _wait(self) -> None:
         """Sleep until something changed, and as long as the connection is halted."""
@@ -156,6 +166,9 @@ class Standing:
         self._waiter = self._loop.create_future()
         try:
             await self._waiter
+        except asyncio.CancelledError:
+            await self._pass_gate()
+            raise
         finally:
             self._waiter = None
             self._is_waiting = False

@@ -63,13 +63,21 @@ class Connection(Standing, Generic[S]):
     true. A move raises nothing: the coroutine here stays suspended for good.
     """
 
-    __slots__ = ("_limits", "_peer", "cookie", "listener", "resumed", "state")
+    __slots__ = ("_forward", "_limits", "_peer", "cookie", "listener", "resumed", "state")
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, transport: Transport, *, cookie: int, listener: str, limits: Limits
+        self,
+        loop: asyncio.AbstractEventLoop,
+        transport: Transport,
+        *,
+        cookie: int,
+        listener: str,
+        limits: Limits,
+        forward: Callable[[int, bytes], bool],
     ) -> None:
         super().__init__(loop, transport)
         self._limits = limits
+        self._forward = forward
         self.cookie = cookie
         self.listener = listener
         self.resumed = False
@@ -190,16 +198,19 @@ class Connection(Standing, Generic[S]):
         Take *data*, and wait while much of what was written earlier is still unsent.
 
         What the handler's own tasks write belongs to the message that it is at: no boundary before the next one.
-        On a connection that has moved the caller stays suspended.
+        Once the connection has moved they stay suspended. What other tasks write is pushed.
 
         Raises:
             ConnectionClosed: the connection has ended.
 
         """
-        await self._pass_gate()
-        self._check_open()
         if current.get() is self:
+            await self._pass_gate()
             self._busy = "write()"
+        elif self._course is Course.FROZEN:
+            self.push(data)
+            return
+        self._check_open()
         earlier = len(self._transport.output)
         self._transport.write(data)
         if earlier > WRITE_AHEAD_BYTES:
@@ -210,22 +221,37 @@ class Connection(Standing, Generic[S]):
         """
         Send *data*, from any task; complete in itself, it leaves a boundary a boundary. A no-op when it has ended.
 
-        A client that takes less than is pushed to it is aborted when more than the limit is unsent.
+        Once the connection has moved, the holder passes it on to the worker that serves it. A client that takes less
+        than is pushed to it is aborted when more than the limit is unsent.
 
         Raises:
-            Moved: another worker serves the connection now.
+            Moved: another worker serves the connection now, and no holder lives that could pass it on.
 
         """
-        if self._course is Course.FROZEN:
-            raise Moved(f"connection {self.cookie} has moved to another worker")
+        if self._course is not Course.FROZEN:
+            self.deliver(data)
+        elif not self._forward(self.cookie, bytes(data)):
+            raise Moved(f"connection {self.cookie} has moved to another worker, and the holder is gone")
+
+    def deliver(self, data: bytes | bytearray | memoryview) -> None:
+        """Send what somebody has pushed; for the runtime."""
         self._transport.write(data)
         if len(self._transport.output) > self._limits.unsent_bytes:
             self.abort()
 
     async def close(self) -> None:
-        """End the connection: what is unsent is sent, then FIN. The handler may return instead."""
-        await self._pass_gate()
+        """
+        End the connection: what is unsent is sent, then FIN. The handler may return instead.
+
+        Raises:
+            Moved: another task than the handler's calls it, and another worker serves the connection now.
+
+        """
+        if current.get() is self:
+            await self._pass_gate()
+        self._check_here()
         self._transport.finish()
+        self._changed()
 
     def abort(self) -> None:
         """
@@ -235,10 +261,13 @@ class Connection(Standing, Generic[S]):
             Moved: another worker serves the connection now.
 
         """
-        if self._course is Course.FROZEN:
-            raise Moved(f"connection {self.cookie} has moved to another worker")
+        self._check_here()
         self._transport.abort()
         self._changed()
+
+    def _check_here(self) -> None:
+        if self._course is Course.FROZEN:
+            raise Moved(f"connection {self.cookie} has moved to another worker")
 
     def _check_open(self) -> None:
         if self._transport.error is not None:

@@ -78,6 +78,14 @@ class Serve:
 
 
 @attrs.frozen
+class Deliver:
+    """Send these bytes on these connections: somebody in another worker pushed them."""
+
+    cookies: tuple[int, ...]
+    pushed: tuple[bytes, ...]
+
+
+@attrs.frozen
 class Discard:
     """Close our copies and let their coroutines sleep: somebody else serves them, or nobody."""
 
@@ -128,6 +136,7 @@ Effect = (
     | Restore
     | ImportShared
     | Serve
+    | Deliver
     | Discard
     | Accept
     | MoveBegins

@@ -70,6 +70,7 @@ class Runtime:
         # Coroutines of connections that moved: destroyed, they would run their finally blocks.
         self._asleep: list[asyncio.Task[None]] = []
         self._incoming: list[int] = []
+        self._pushed: list[tuple[int, bytes]] = []  # to connections that have moved
         self._ended: dict[int, messages.How] = {}
         self._how: messages.How | None = None  # what ends connections from outside, once this worker is leaving
         self._is_leaving = False
@@ -109,6 +110,7 @@ class Runtime:
 
     def _take(self, packet: Packet) -> None:
         self._flush_ended()
+        self._flush_pushed()
         self._incoming = packet.take() if isinstance(packet.message, messages.Stage) else []
         try:
             self._perform(self._agent.handle(packet.message, time.monotonic_ns()))
@@ -182,6 +184,10 @@ class Runtime:
                     self._import_shared(shared)
                 case effects.Serve(cookies, is_cut):
                     self._serve(cookies, is_cut=is_cut)
+                case effects.Deliver(cookies, pushed):
+                    for cookie, data in zip(cookies, pushed, strict=True):
+                        if cookie in self._connections:
+                            self._connections[cookie].deliver(data)
                 case effects.Discard(cookies):
                     self._discard(cookies)
                 case effects.Accept(is_on):
@@ -224,7 +230,7 @@ class Runtime:
     def _build(self, sock: socket.socket, cookie: int, listener: str) -> Connection[Any]:
         transport = Transport(self._loop, sock)
         connection: Connection[Any] = Connection(
-            self._loop, transport, cookie=cookie, listener=listener, limits=self._limits
+            self._loop, transport, cookie=cookie, listener=listener, limits=self._limits, forward=self._forward
         )
         transport.on_closed = lambda: self._closed(connection)
         self._connections[cookie] = connection
@@ -249,14 +255,30 @@ class Runtime:
         except LimitExceeded as problem:
             log.warning("connection=%d closed: %s", connection.cookie, problem)
         except Exception as problem:
+            if connection.course is Course.FROZEN:
+                raise  # it is somebody else's by now
             # That the client went in the middle of a message is its own business, and no failure of the handler.
             if not (connection.is_over and isinstance(problem, (ConnectionError, asyncio.IncompleteReadError))):
                 log.exception("connection=%d the handler failed", connection.cookie)
                 connection.transport.abort()
         finally:
-            if connection.on_boundary is not None:
-                connection.on_boundary()
-            connection.transport.finish()
+            if connection.course is not Course.FROZEN:
+                if connection.on_boundary is not None:
+                    connection.on_boundary()
+                connection.transport.finish()
+
+    def _forward(self, cookie: int, data: bytes) -> bool:
+        """Pass on what was pushed to a connection that has moved; False if there is nobody to pass it to."""
+        if self._channel is None:
+            return False
+        if not self._pushed:
+            self._loop.call_soon(self._flush_pushed)
+        self._pushed.append((cookie, data))
+        return True
+
+    def _flush_pushed(self) -> None:
+        pushed, self._pushed = self._pushed, []
+        self._perform(self._agent.forward(pushed))
 
     # ---- endings
 
@@ -314,7 +336,7 @@ class Runtime:
                 connection.transport.abort()
 
     def _leave_if_done(self) -> None:
-        is_told = self._channel is None or not self._channel.has_backlog
+        is_told = not self._pushed and (self._channel is None or not self._channel.has_backlog)
         if self._is_leaving and is_told and not (self._connections or self._ended or self._exit.done()):
             self._exit.set_result(None)
 

@@ -122,9 +122,10 @@ class Transport:
             self._linger = None
 
     def want(self, count: int) -> None:
-        """Read ahead at least *count* bytes."""
-        self._high_water = max(count, READ_BYTES)
-        self._watch_input()
+        """Read ahead at least *count* bytes, from now on."""
+        if count > self._high_water:
+            self._high_water = count
+            self._watch_input()
 
     def consumed(self) -> None:
         """The caller has taken bytes off ``input``."""
