@@ -69,6 +69,13 @@ class _Outgoing:
     owned: list[int]  # those among them that are closed once the packet is sent
     on_sent: Callable[[], None] | None
 
+    def own(self) -> None:
+        """Wait with dups: what was borrowed may be closed meanwhile."""
+        if len(self.owned) < len(self.descriptors):
+            dups = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 0) for descriptor in self.descriptors]
+            _close_all(self.owned)
+            self.descriptors = self.owned = dups
+
 
 class Channel:
     """
@@ -119,12 +126,10 @@ class Channel:
             outgoing.payload = attrs.evolve(header, flags=header.flags | wire.FLAG_MEMFD).pack()
             outgoing.descriptors, outgoing.owned = [*descriptors, memfd], [memfd]
         self._queue.append(outgoing)
-        if not self._is_watched:
+        if self._is_watched:
+            outgoing.own()
+        else:
             self.flush()
-        if descriptors and self._queue and self._queue[-1] is outgoing:
-            outgoing.descriptors = [_dup(descriptor) for descriptor in outgoing.descriptors]
-            _close_all(outgoing.owned)
-            outgoing.owned = list(outgoing.descriptors)
 
     def flush(self) -> None:
         """
@@ -141,6 +146,8 @@ class Channel:
                 self._socket.sendmsg([outgoing.payload], rights if outgoing.descriptors else [], socket.MSG_NOSIGNAL)
             except OSError as problem:
                 if problem.errno in _BACK_PRESSURE:
+                    for waiting in self._queue:
+                        waiting.own()
                     self._watch(True)
                     return
                 raise ChannelClosed(f"the peer of the channel is gone: {problem}") from problem
@@ -211,6 +218,8 @@ def _open_packet(payload: bytes, descriptors: list[int]) -> Packet:
         raise WireError(f"a packet claims {claimed} descriptors and came with {len(descriptors)}")
     if not header.has_memfd:
         return Packet(wire.decode(header, memoryview(payload)[wire.HEADER.size :]), descriptors)
+    if len(payload) != wire.HEADER.size:
+        raise WireError(f"a packet has {len(payload)} bytes and its body in a memfd")
     message = wire.decode(header, _read_memfd(descriptors[-1]))
     os.close(descriptors.pop())
     return Packet(message, descriptors)
@@ -253,10 +262,6 @@ def _descriptors_of(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
     return descriptors.tolist()
-
-
-def _dup(descriptor: int) -> int:
-    return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 0)
 
 
 def _close_all(descriptors: list[int]) -> None:

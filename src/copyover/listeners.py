@@ -70,12 +70,16 @@ def parse(text: str) -> Address:
         return _parse_unix(name, url)
     if "://" in url and not url.startswith("tcp://"):
         raise BadAddress(f"{text!r} is neither tcp:// nor unix://")
-    parts = urlsplit(url if "://" in url else "tcp://" + url)
+    try:
+        parts = urlsplit(url if "://" in url else "tcp://" + url)
+    except ValueError as problem:
+        raise BadAddress(f"{text!r} is no address; write HOST:PORT, tcp://[::1]:PORT or unix:///path") from problem
     try:
         port = parts.port
     except ValueError as problem:
         raise BadAddress(f"the port of {text!r} is no number from 0 to 65535") from problem
-    if not parts.hostname or port is None or parts.path or parts.query:
+    rest = parts.path or parts.query or parts.fragment or parts.username
+    if not parts.hostname or port is None or rest:
         raise BadAddress(f"{text!r} is no address; write HOST:PORT, tcp://[::1]:PORT or unix:///path")
     return Address(name, host=parts.hostname, port=port)
 
@@ -87,11 +91,10 @@ def _parse_unix(name: str, url: str) -> Address:
         raise BadAddress(f"{url!r} needs an absolute path: unix:///path")
     if set(options) - {"mode", "group"}:
         raise BadAddress(f"{url!r} has the options {', '.join(options)}; mode and group are known")
-    try:
-        mode = int(options["mode"], 8) if "mode" in options else None
-    except ValueError as problem:
-        raise BadAddress(f"the mode of {url!r} is no octal number such as 0660") from problem
-    return Address(name, path=parts.path, mode=mode, group=options.get("group"))
+    mode = options.get("mode")
+    if mode is not None and not re.fullmatch("0?[0-7]{3}", mode):
+        raise BadAddress(f"the mode of {url!r} is no octal number such as 0660")
+    return Address(name, path=parts.path, mode=None if mode is None else int(mode, 8), group=options.get("group"))
 
 
 def bind(address: Address) -> Listener:
@@ -166,6 +169,8 @@ def _somebody_listens(path: str) -> bool:
             raise BadAddress(f"{path} exists and is no socket; it is left alone")
     except FileNotFoundError:
         return False
+    except OSError as problem:
+        raise BadAddress(f"{path} cannot be bound: {problem.strerror}") from problem
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         return probe.connect_ex(path) != errno.ECONNREFUSED
 
@@ -176,7 +181,7 @@ def _in_words(problem: OSError, address: Address) -> Exception:
         return AddressInUse(f"another process listens on {where}; find it with: ss -ltnp 'sport = :{address.port}'")
     if problem.errno in (errno.EACCES, errno.EPERM):
         return PermissionRefused(f"this user may not listen on {where}: {problem.strerror}")
-    return BadAddress(f"{where} cannot be bound: {problem.strerror}")
+    return BadAddress(f"{where} cannot be bound: {problem.strerror or problem}")
 
 
 def take_passed() -> list[Listener]:

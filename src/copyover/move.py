@@ -125,7 +125,7 @@ class Move:
         message = messages.Freeze(
             batch=batch,
             more=more,
-            gather_ms=int(self._asked.gather_s * 1000) if is_cut else 0,
+            gather_ms=max(int(self._asked.gather_s * 1000), 1) if is_cut else 0,
             wait_ms=int(self._asked.boundary_s * 1000),
             cookie=tuple(cookies),
             epoch=tuple([self._ledger.freeze(cookie) for cookie in cookies]),
@@ -322,7 +322,7 @@ class Move:
             self._feed(self._holdings.workers[incumbent])
 
     def note_ended(self, cookie: int) -> None:
-        self.ended += 1
+        self.ended += cookie in self.open  # else it had moved before, or was no part of this
         self.kept.pop(cookie, None)
         self._settled(cookie)
 

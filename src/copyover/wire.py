@@ -77,7 +77,8 @@ def encode(message: Message, *, descriptors: int = 0, version: int = WIRE_VERSIO
     Return the header and the body of *message*, which travels with *descriptors* descriptors.
 
     Raises:
-        WireError: columns of different lengths, or another number of descriptors than the message carries.
+        WireError: columns of different lengths, a value that its column cannot hold, or another number of
+            descriptors than the message carries.
 
     """
     layout = _LAYOUTS[type(message)]
@@ -87,13 +88,16 @@ def encode(message: Message, *, descriptors: int = 0, version: int = WIRE_VERSIO
     parts: list[bytes] = []
     if layout.rare:
         values = {name: getattr(message, name) for name, _ in layout.rare}
-        parts.append(json.dumps(values, separators=(",", ":"), ensure_ascii=False).encode())
+        parts.append(json.dumps(values, separators=(",", ":")).encode())
     rare_bytes = len(parts[0]) if parts else 0
+    for name in layout.row_fields:
+        if len(getattr(message, name)) != rows:
+            raise WireError(f"{type(message).__name__}.{name} has {len(getattr(message, name))} values, not {rows}")
     for name, code in layout.columns:
-        values_of = getattr(message, name)
-        if len(values_of) != rows:
-            raise WireError(f"{type(message).__name__}.{name} has {len(values_of)} values for {rows} rows")
-        parts.append(struct.pack(f"<{rows}{code}", *values_of))
+        try:
+            parts.append(struct.pack(f"<{rows}{code}", *getattr(message, name)))
+        except struct.error as problem:
+            raise WireError(f"{type(message).__name__}.{name} does not fit its column: {problem}") from problem
     parts.extend(struct.pack(f"<{rows}I", *map(len, getattr(message, name))) for name in layout.blobs)
     for name in layout.blobs:
         parts.extend(getattr(message, name))

@@ -81,6 +81,7 @@ class Daemon:
         self._started_s = time.monotonic()
         self._exit_code: int | None = None
         self._failure: str | None = None
+        self._is_asked_to_stop = False
 
     # ---- the loop
 
@@ -105,7 +106,7 @@ class Daemon:
     def _turn(self) -> None:
         self._settle()
         for key, _ in self._selector.select(self._until_next_timer()):
-            if key.fileobj in self._selector.get_map():  # an earlier event of this turn may have closed it
+            if self._is_watched(key.fileobj):  # an earlier event of this turn may have closed it
                 key.data()
             self._settle()
         now_s = time.monotonic()
@@ -124,13 +125,19 @@ class Daemon:
         return min(max(until_s, 0.0), LONGEST_SLEEP_S)
 
     def _watch(self, fileobj: Any, callback: Callable[[], None], mask: int = selectors.EVENT_READ) -> None:
-        if fileobj in self._selector.get_map():
+        if self._is_watched(fileobj):
             self._selector.modify(fileobj, mask, callback)
         else:
             self._selector.register(fileobj, mask, callback)
 
+    def _is_watched(self, fileobj: Any) -> bool:
+        try:
+            return fileobj in self._selector.get_map()
+        except ValueError:  # it is closed: a closed thing has no number to be looked up by
+            return False
+
     def _unwatch(self, fileobj: Any) -> None:
-        if fileobj in self._selector.get_map():
+        if self._is_watched(fileobj):
             self._selector.unregister(fileobj)
 
     # ---- signals
@@ -158,6 +165,7 @@ class Daemon:
                 process.reap_orphans({hand.pid for hand in self._hands.values()})
 
     def _stop(self) -> None:
+        self._is_asked_to_stop = True
         crew.notify("STOPPING=1")
         self._events.append(events.StopAsked(self._config.stop_timeout_s))
 
@@ -404,6 +412,8 @@ class Daemon:
                 print(f"ready name={self._config.name} pid={os.getpid()} listen={where}", flush=True)  # noqa: T201
             crew.notify("READY=1")
             return
+        if self._is_asked_to_stop:
+            return  # nothing failed: the machine stops next
         self._failure = answer["error"]
         self._exit_code = result.status or 3
         for hand in self._hands.values():

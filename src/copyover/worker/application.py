@@ -75,8 +75,18 @@ class Application(Generic[S]):
         value: object = state
         kind: type = type(state)
         if attrs.has(kind):
-            value = {name: getattr(state, name) for name in attrs.fields_dict(kind)}
+            value = self._attrs_values(kind, state)
         return json_bytes(value, "state")
+
+    def _attrs_values(self, kind: type, state: object) -> dict[str, Any]:
+        if kind is not self.state:
+            advice = f"give the Application state={kind.__name__}, or encode and decode"
+            raise CannotFreeze(f"the state is of type {kind.__name__} and would come back as another: {advice}")
+        fields = attrs.fields(kind)
+        uninitialised = [field.name for field in fields if not field.init]
+        if uninitialised:
+            raise CannotFreeze(f"{kind.__name__}.{uninitialised[0]} has init=False: give encode and decode")
+        return {field.alias or field.name: getattr(state, field.name) for field in fields}
 
     def decode_state(self, encoded: bytes, schema: int) -> S:
         """Return the state that *encoded* is, written with *schema*; whatever the application's code raises passes."""
