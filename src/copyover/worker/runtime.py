@@ -422,7 +422,7 @@ class Runtime:
                 connection = self._rebuild(connection)
             try:
                 state = self._application.decode_state(record.state, record.schema)
-            except Exception as problem:  # noqa: BLE001  # whatever encode raises keeps the connection here
+            except Exception as problem:  # noqa: BLE001  # whatever decode raises gives the connection back
                 failures[cookie] = f"its state cannot be read by the replacement: {_sentence(problem)}"
                 log.warning("connection=%d %s", cookie, failures[cookie])
             else:
