@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import copyover.testing
-from copyover.swarm import Plan, SwarmReport
+from copyover.verifying import Plan, SwarmReport
 
 if TYPE_CHECKING:
     from copyover.testing import Server, Servers
