@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import venv
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -238,6 +239,45 @@ def test_a_lost_connection_is_told(deployed: tuple[Server, Path]) -> None:
         assert client.ask(b"a\n") == b"1 a\n"
     assert server.status()["counters"]["lost"] == 1
     assert server.worker_pids() != before
+
+
+def test_an_incumbent_that_dies_in_the_move_is_told_by_exit_4(copyover_server: Servers) -> None:
+    """Who had moved goes on with the replacement; who was in the middle of a message is lost, and that is told."""
+    config = {"boundary_s": 60.0, "gather_s": 0.1}
+    server = copyover_server("handlers:two_parts", chdir=APPS, move="together", config=config)
+    incumbent = server.worker_pids()[0]
+    with Client(server.address) as busy, Client(server.address) as idle, ThreadPoolExecutor(1) as deploy_script:
+        assert busy.ask(b"3\n") == b"go on\n"
+        reload = deploy_script.submit(server.reload)
+        while [row["worker"] for row in server.connections()] != [1, 2]:  # one has moved, one is busy
+            assert not reload.done()
+        os.kill(incumbent, signal.SIGKILL)
+        result = reload.result(60)
+        assert (result.exit_code, result.outcome) == (4, "done")
+        assert result.answer["connections"] == {"moved": 1, "kept": 0, "ended": 0, "lost": 1}
+        with pytest.raises(ConnectionResetError):
+            busy.receive(1)
+        assert idle.ask(b"1\n") == b"go on\n"
+
+
+def test_a_replacement_that_is_killed_in_the_move_is_told_truthfully(copyover_server: Servers) -> None:
+    """Whom it served is lost and counted, exit 4; whom it did not goes on with the incumbent, which serves again."""
+    config = {"boundary_s": 60.0, "gather_s": 0.1}
+    server = copyover_server("handlers:two_parts", chdir=APPS, move="together", config=config)
+    with Client(server.address) as busy, Client(server.address) as idle, ThreadPoolExecutor(1) as deploy_script:
+        assert busy.ask(b"3\n") == b"go on\n"
+        reload = deploy_script.submit(server.reload)
+        while [row["worker"] for row in server.connections()] != [1, 2]:
+            assert not reload.done()
+        os.kill(server.worker_pids()[1], signal.SIGKILL)
+        busy.send(b"abc")  # comes to its boundary in the incumbent, which is waited for
+        assert busy.line() == b"got abc\n"
+        result = reload.result(60)
+        assert (result.exit_code, result.outcome, result.lost) == (4, "rolled-back", 1)
+        assert "was killed by SIGKILL, in the middle of the move; 1 connections were lost" in str(result.error)
+        with pytest.raises(ConnectionResetError):
+            idle.receive(1)
+        assert busy.ask(b"1\n") == b"go on\n"
 
 
 def test_a_crash_restart_uses_the_pinned_release(deployed: tuple[Server, Path]) -> None:

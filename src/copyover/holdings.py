@@ -250,7 +250,7 @@ class Holdings:
         per_owner: dict[int, list[tuple[int, bytes]]] = {}
         for cookie, pushed in zip(message.cookie, message.pushed, strict=True):
             entry = self.ledger.entries.get(cookie)
-            if entry is not None and entry.standing is Standing.PARKED:
+            if entry is not None and (entry.standing is Standing.PARKED or self.ledger.has_record(entry)):
                 entry.moving.pushed.append(pushed)
             elif entry is not None:
                 per_owner.setdefault(entry.owner, []).append((cookie, pushed))

@@ -181,10 +181,13 @@ class Move:
         message = messages.expect(event.message, messages.Adopted)
         standings = (Standing.THAWING, Standing.FREEZING)
         self._ledger.check(event.worker, message.cookie, message.epoch, standings)
+        held: list[tuple[int, bytes]] = []
         for cookie, epoch, pause_us in zip(message.cookie, message.epoch, message.pause_us, strict=True):
             if self._ledger.is_late(cookie):
                 continue
             entry = self._ledger.adopt(event.worker, cookie, epoch)
+            held += [(cookie, pushed) for pushed in entry.moving.pushed]
+            entry.moving.pushed.clear()
             if entry.standing is not Standing.SERVED:
                 continue  # a freeze has crossed it, its answer follows
             self.pauses_us.append(pause_us)
@@ -192,6 +195,7 @@ class Move:
             if entry.moving.kept_because is not None:
                 self.kept[cookie] = entry.moving.kept_because
             self._settled(cookie)
+        self._holdings.push(event.worker, held)
 
     def refused(self, event: FromWorker) -> None:
         """
@@ -295,9 +299,6 @@ class Move:
                     **messages.record_columns(records),
                 ),
             )
-            self._holdings.push(target, [(entry.cookie, pushed) for entry in chunk for pushed in entry.moving.pushed])
-            for entry in chunk:
-                entry.moving.pushed.clear()
             if not all(record.flags & messages.RecordFlag.CUT for record in records):
                 self._holdings.send(target, messages.Enter(cut=False))
 

@@ -94,6 +94,9 @@ class Daemon:
             while self._exit_code is None:
                 self._turn()
         finally:
+            # Python restores the default action while it ends: a second SIGTERM would turn a clean exit into a death.
+            for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)
             self._desk.close()
             wakeup.close()
         return self._exit_code
@@ -417,6 +420,7 @@ class Daemon:
         self._failure = answer["error"]
         self._exit_code = result.status or 3
         for hand in self._hands.values():
+            self._unwatch(hand.child)
             hand.child.kill()
             hand.child.reap()
 
