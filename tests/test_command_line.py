@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import select
+import shutil
 import signal
 import socket
 import stat
@@ -53,6 +54,10 @@ BAD_INPUT = {
     "unknown host": (["--listen", "nowhere.invalid:80", "echo:echo"], 14, "cannot be found"),
     "no such python": (["--python", "./nopython", "echo:echo"], 17, "there is no interpreter"),
     "no such python on the path": (["--python", "python9.9", "echo:echo"], 17, "there is no python9.9 on the PATH"),
+    "a venv without copyover": (["--python", "/bin/false", "echo:echo"], 18, "before it said hello"),
+    "a python that is a directory": (["--python", "/tmp", "echo:echo"], 17, "there is no interpreter /tmp"),
+    "a host that no name can be": (["--listen", "a..b:80", "echo:echo"], 14, "cannot be found"),
+    "half an address": (["--listen", "[::1", "echo:echo"], 14, "is no address"),
     "no such directory": (["--chdir", "/nonexistent", "echo:echo"], 3, "/nonexistent does not exist"),
     "no such config": (["--config", "none.toml", "echo:echo"], 2, "none.toml: cannot be read"),
     "bad name": (["--name", "a/b", "echo:echo"], 2, "cannot be a holder's name"),
@@ -86,9 +91,44 @@ def test_a_config_error_names_file_line_and_key(runtime: dict[str, str], tmp_pat
     file.write_text('app = "echo:echo"\nworkers = "two"\n', encoding="utf-8")
     done = run("run", "--config", str(file), env=runtime, check=2)
     assert f"{file}:2: workers: should be of type int, not str" in done.stderr
+    file.write_text('app = "echo:echo"\nlisten = "127.0.0.1:0"\n', encoding="utf-8")
+    done = run("run", "--config", str(file), env=runtime, check=2)
+    assert f"{file}:2: listen: should be an array of strings" in done.stderr
     file.write_text('app = "echo:echo\n', encoding="utf-8")
     done = run("run", "--config", str(file), env=runtime, check=2)
     assert f"{file}:1: no TOML" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["r", "r/default", "r/default/lock", "r/default/control.sock"])
+def test_a_runtime_directory_in_the_way_is_said(runtime: dict[str, str], tmp_path: Path, name: str) -> None:
+    """Whatever lies where the holder's files go: one sentence."""
+    (tmp_path / "r" / "default").mkdir(parents=True, mode=0o700)
+    (tmp_path / "r").chmod(0o700)
+    path = tmp_path / name
+    if name.count("/") < 2:
+        shutil.rmtree(path)
+        path.write_text("", encoding="utf-8")
+    else:
+        path.mkdir()
+    done = run("run", "--listen", "127.0.0.1:0", "echo:echo", env=runtime)
+    assert done.returncode in (13, 16)
+    assert str(path) in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_passed_descriptor_that_does_not_listen_is_refused(runtime: dict[str, str]) -> None:
+    """LISTEN_FDS must be what it says."""
+    with socket.socket() as bound:
+        program = (
+            "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ.update(LISTEN_PID=str(os.getpid()), "
+            "LISTEN_FDS='1'); os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
+        )
+        command = [sys.executable, "-c", program, str(bound.fileno()), *CLI[1:], "run", "echo:echo"]
+        done = subprocess.run(
+            command, env=runtime, cwd=APPS, capture_output=True, text=True, check=False, pass_fds=[bound.fileno()]
+        )
+    assert done.returncode == 14
+    assert "descriptor 3 of LISTEN_FDS is no listening stream socket" in done.stderr
 
 
 def test_an_address_in_use_is_said(runtime: dict[str, str]) -> None:

@@ -700,6 +700,25 @@ def test_a_record_that_the_incumbent_refuses_stays_in_the_replacement() -> None:
     assert story.machine.holdings.kept == {10: "schema 2"}
 
 
+def test_what_goes_back_to_the_replacement_in_a_roll_back_waits_for_no_cut() -> None:
+    """There is none any more: it is entered at once, alone."""
+    story = Story(workers=2)
+    story.lend(1, 10)
+    story.reload(workers=1)
+    story.all_ready()
+    story.staged(3)
+    story.off(1)
+    story.off(2)
+    story.frozen(1, 10)
+    story.handle(TimerFired("change"))
+    story.frozen(3, 10, epoch=1)
+    story.dies(1)
+    assert kinds(story.sent(2)) == ["Stage", "Thaw", "Enter"]
+    story.refused(2, 10, epoch=3, reason=b"cannot read it")
+    assert story.sent_one(3, messages.Thaw).flags == (0,)
+    assert story.sent_one(3, messages.Enter) == messages.Enter(cut=False)
+
+
 def test_a_record_that_everybody_refuses_is_lost() -> None:
     """Nobody living can serve it; that is not silent."""
     story = Story()

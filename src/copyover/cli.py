@@ -97,7 +97,7 @@ def _here() -> Path:
 def reload(name: str | None, timeout_s: float | None, move: str | None, *, as_json: bool, no_wait: bool) -> None:
     """Replace the interpreters; live connections go on."""
     name = name or directories.default_name()
-    request = {"do": "reload", "wait": not no_wait, "timeout_s": timeout_s, "move": move}
+    request = {"do": "reload", "wait": not no_wait, **configs.wishes({"timeout_s": timeout_s, "move": move})}
     try:
         patience_s = None if timeout_s is None else timeout_s + GRACE_S
         with console.call(name, request, patience_s=patience_s) as answers:

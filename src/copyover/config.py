@@ -133,6 +133,10 @@ def _checked(key: str, value: Any, *, file: str | None, line: int | None) -> Any
         near = difflib.get_close_matches(key, FIELDS, 1)
         hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(FIELDS)}"
         raise ConfigError(f"is no key of copyover.toml{hint}", key=key, file=file, line=line)
+    if isinstance(value, str) and "\0" in value:
+        raise ConfigError("holds a NUL character", key=key, file=file, line=line)
+    if key == "listen" and isinstance(value, str):  # a string is a sequence of strings, too
+        raise ConfigError('should be an array of strings: ["HOST:PORT"]', key=key, file=file, line=line)
     try:
         structured = _converter.structure(value, _types()[key])
         if field.validator is not None:

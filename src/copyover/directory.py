@@ -81,6 +81,8 @@ def prepare(directory: Directory) -> None:
             f"{directory.path} cannot be made: {problem.strerror}; set COPYOVER_RUNTIME_DIR to a directory of yours"
         )
         raise PermissionRefused(sentence) from problem
+    if not directory.path.is_dir():
+        raise UnsafeRuntimeDirectory(f"{directory.path} is no directory; remove it, or set COPYOVER_RUNTIME_DIR")
     for path in (directory.path, directory.path.parent):
         found = path.stat()
         others = stat.S_IMODE(found.st_mode) & 0o022
@@ -97,9 +99,16 @@ def take_lock(directory: Directory, name: str) -> int:
 
     Raises:
         HolderExists: a living process has it.
+        PermissionRefused: the lock's file cannot be opened.
 
     """
-    descriptor = os.open(directory.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        descriptor = os.open(directory.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as problem:
+        sentence = (
+            f"{directory.lock} cannot be opened: {problem.strerror}; set COPYOVER_RUNTIME_DIR to a directory of yours"
+        )
+        raise PermissionRefused(sentence) from problem
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as held:

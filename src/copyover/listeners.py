@@ -114,8 +114,9 @@ def bind(address: Address) -> Listener:
         return Listener(address.name, _bind_unix(address, address.path), address.path)
     try:
         found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except socket.gaierror as problem:
-        raise BadAddress(f"the host of {address.name!r} cannot be found: {problem.strerror}") from problem
+    except (socket.gaierror, UnicodeError) as problem:  # UnicodeError: a label that no DNS name can have
+        why = problem.strerror if isinstance(problem, OSError) else problem
+        raise BadAddress(f"the host of {address.name!r} cannot be found: {why}") from problem
     family, kind, protocol, _, where = found[0]
     sock = socket.socket(family, kind, protocol)
     try:
@@ -185,14 +186,26 @@ def _in_words(problem: OSError, address: Address) -> Exception:
 
 
 def take_passed() -> list[Listener]:
-    """Take the listeners of LISTEN_FDS, if they are meant for this process. sd_listen_fds(3)"""
+    """
+    Take the listeners of LISTEN_FDS, if they are meant for this process. sd_listen_fds(3)
+
+    Raises:
+        BadAddress: one of them is no listening stream socket.
+
+    """
     count = os.environ.get("LISTEN_FDS", "")
     if os.environ.get("LISTEN_PID") != str(os.getpid()) or not count.isdecimal():
         return []
     names = os.environ.get("LISTEN_FDNAMES", "").split(":")
     taken = []
     for place in range(int(count)):
-        sock = socket.socket(fileno=_FIRST_PASSED + place)
+        try:
+            sock = socket.socket(fileno=_FIRST_PASSED + place)
+            is_listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        except OSError as problem:
+            raise BadAddress(f"descriptor {_FIRST_PASSED + place} of LISTEN_FDS is no socket") from problem
+        if sock.type != socket.SOCK_STREAM or not is_listening:
+            raise BadAddress(f"descriptor {_FIRST_PASSED + place} of LISTEN_FDS is no listening stream socket")
         sock.set_inheritable(False)
         sock.setblocking(False)
         if sock.family != socket.AF_UNIX:

@@ -76,6 +76,10 @@ def spawn(argv: Sequence[str], *, cwd: str, env: Mapping[str, str], inherit: Seq
             )
         )
     except FileNotFoundError as missing:
+        if os.access(argv[0], os.X_OK) and os.access(cwd, os.X_OK):
+            raise PythonNotFound(
+                f"{argv[0]} is there and cannot run: the interpreter of its own is missing"
+            ) from missing
         raise PythonNotFound(f"there is no {missing.filename}; say --python, or make the venv first") from missing
     except PermissionError as refused:
         raise PermissionRefused(f"{refused.filename} cannot be run or entered: {refused.strerror}") from refused

@@ -61,7 +61,7 @@ def _python(named: str | None, directory: str) -> str:
             raise PythonNotFound(f"there is no {named} on the PATH; say --python with a path")
         return found
     path = Path(directory) / named
-    if not os.access(path, os.X_OK):
+    if not (path.is_file() and os.access(path, os.X_OK)):
         raise PythonNotFound(f"there is no interpreter {path}; say --python, or make the venv first")
     return _pinned_venv(path)
 

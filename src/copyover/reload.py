@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from copyover import messages
 from copyover.change import Change, Phase
-from copyover.errors import IllegalEvent
+from copyover.errors import IllegalEvent, StartupFailed
 from copyover.events import (
     AskAgain,
     Died,
@@ -240,7 +240,8 @@ class Machine:
     def _too_late_to_start(self, _: Event) -> None:
         asked = self._under_way.asked
         phase = self.phase.value
-        self._refuse(f"generation {asked.generation} was not ready within {asked.timeout_s:g} s (still {phase})")
+        too_late = f"generation {asked.generation} was not ready within {asked.timeout_s:g} s (still {phase})"
+        self._refuse(too_late, StartupFailed.exit_code)
 
     # ---- rolled back
 
@@ -386,7 +387,7 @@ class Machine:
         _, _, lost = self.holdings.bury(event)
         self._move.note_lost(lost)
         if event.worker in self._move.replacements and not was_dying:
-            self._refuse(event.how)
+            self._refuse(event.how, StartupFailed.exit_code)
         else:
             self._check()
 

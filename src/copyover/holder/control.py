@@ -15,7 +15,7 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from copyover.errors import CopyoverError
+from copyover.errors import CopyoverError, PermissionRefused
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -205,7 +205,11 @@ def _listen(directory: Directory) -> socket.socket:
         os.umask(before)
     sock.listen(16)
     sock.setblocking(False)
-    Path(temporary).rename(directory.control)
+    try:
+        Path(temporary).rename(directory.control)
+    except OSError as problem:
+        Path(temporary).unlink()
+        raise PermissionRefused(f"{directory.control} cannot be replaced: {problem.strerror}; remove it") from problem
     return sock
 
 

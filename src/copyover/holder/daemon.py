@@ -318,12 +318,12 @@ class Daemon:
         self._drain_tail(hand)
         self._generations[hand.generation].last_words = list(hand.lines)
         words = hand.in_words(how)
-        self._events.append(events.Died(hand.worker, words))
-        self._settle()
         if hand.tail is not None:
             self._unwatch(hand.tail)
         del self._hands[hand.worker]
         hand.close()
+        self._events.append(events.Died(hand.worker, words))
+        self._settle()
         process.reap_orphans({other.pid for other in self._hands.values()})
 
     def _drain_tail(self, hand: crew.Hand) -> None:
@@ -423,6 +423,7 @@ class Daemon:
             self._unwatch(hand.child)
             hand.child.kill()
             hand.child.reap()
+        self._hands.clear()
 
     # ---- operators
 
@@ -446,7 +447,7 @@ class Daemon:
         except UsageError as problem:
             self._desk.reply(caller, {"error": str(problem)}, is_last=True)
             return
-        if request.get("wait", True):
+        if request.get("wait", True) or self._machine.phase is not Phase.SERVING:  # then it is told that it is busy
             self._waiting.add(caller)
             self._ask_reload(caller, wishes)
             return

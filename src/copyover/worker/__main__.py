@@ -152,7 +152,8 @@ def _fail(channel: Channel, problem: CopyoverError, cause: BaseException | None 
     cause = cause or problem.__cause__
     if isinstance(problem, StartupFailed) and cause is not None:
         log.error("%s", problem, exc_info=cause)
-    channel.send(messages.Failed(reason=str(problem), status=problem.exit_code))
+    reason = " ".join(str(problem).split())  # one sentence, whatever the exception's text was
+    channel.send(messages.Failed(reason=reason, status=problem.exit_code))
     leave(problem.exit_code)
 
 
