@@ -568,7 +568,7 @@ def test_a_replacement_that_dies_while_booting_is_refused() -> None:
     """The incumbent never noticed, and serves on."""
     story = in_phase(Phase.BOOTING)
     story.dies(2, "worker 2 exited with 1")
-    assert assert_refused(story).error == "worker 2 exited with 1"
+    assert assert_refused(story, status=18).error == "worker 2 exited with 1"
     assert story.killed == {3}
     story.dies(3)
     assert story.of(events.Spawn) == []
@@ -587,7 +587,7 @@ def test_a_replacement_that_is_too_late_is_refused(phase: Phase) -> None:
     """Not ready, or not built, within the limit: it is killed, and the sentence says how long it had."""
     story = in_phase(phase)
     story.handle(TimerFired("change"))
-    error = assert_refused(story).error
+    error = assert_refused(story, status=18).error
     assert error == f"generation 2 was not ready within 60 s (still {phase.value})"
     assert 2 in story.killed
 
@@ -596,7 +596,7 @@ def test_a_replacement_that_dies_while_staging_is_refused() -> None:
     """What was built, paused, goes with it; nothing had been frozen."""
     story = in_phase(Phase.STAGING)
     story.dies(2, "worker 2 was killed by SIGSEGV")
-    assert_refused(story)
+    assert_refused(story, status=18)
     assert story.standing(10) == (1, Standing.SERVED)
 
 

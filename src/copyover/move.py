@@ -306,7 +306,8 @@ class Move:
         record = entry.moving.record
         assert record is not None  # ledger.thaw has checked it
         flags = record.flags & ~messages.RecordFlag.CUT
-        if self.is_together and target in self.replacements and not self._holdings.workers[target].has_entered:
+        waits = self.is_together and not self.is_backwards and target in self.replacements
+        if waits and not self._holdings.workers[target].has_entered:
             flags |= messages.RecordFlag.CUT  # it waits for the cut, also where it missed its own incumbent's
         if self._ledger.unserved(entry, target):
             return messages.Record(flags=flags | messages.RecordFlag.UNSERVED, halted_ns=record.halted_ns)

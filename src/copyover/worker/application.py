@@ -10,7 +10,7 @@ import importlib
 import inspect
 import json
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Any, Generic
 
 import attrs
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 Hook = Callable[[], Awaitable[None]]
 _JSON_LEAVES = frozenset({str, int, float, bool, type(None)})
+
+
+def _frozen(schemas: Iterable[int]) -> frozenset[int]:
+    return frozenset(schemas)
 
 
 @attrs.frozen(kw_only=True)
@@ -47,7 +51,7 @@ class Application(Generic[S]):
     handler: Callable[[Connection[S]], Awaitable[None]]
     state: Callable[[], S] = attrs.field(default=dict)  # type: ignore[assignment]  # S is dict then
     schema: int = 1
-    reads: frozenset[int] = attrs.field(converter=frozenset, default=frozenset[int]())
+    reads: frozenset[int] = attrs.field(converter=_frozen, default=frozenset[int]())
     encode: Callable[[S], bytes] | None = None
     decode: Callable[[bytes, int], S] | None = None
     startup: Hook | None = None
