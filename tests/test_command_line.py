@@ -200,7 +200,8 @@ def test_status_is_0_only_while_somebody_serves(runtime: dict[str, str], tmp_pat
     arguments = [*CLI, "run", "--listen", "127.0.0.1:0", "--chdir", str(tmp_path), "app:handler"]
     with subprocess.Popen(arguments, env=runtime, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as holder:
         assert holder.stderr is not None
-        assert b"phase=booting" in holder.stderr.readline()
+        while b"phase=booting" not in holder.stderr.readline():
+            assert holder.poll() is None
         done = run("status", "--json", env=runtime, check=1)
         assert json.loads(done.stdout)["phase"]["name"] == "booting"
         holder.send_signal(signal.SIGTERM)
@@ -252,6 +253,7 @@ def test_rubbish_on_the_control_socket_is_answered_and_dropped(copyover_server: 
     before = server.descriptors()
     control = str(server.directory / server.name / "control.sock")
     rubbish = [b"\x00\xff\n", b"[]\n", b'{"do": 3}\n', b'{"do": "dance"}\n', b'{"do": "reload", "timeout_s": "x"}\n']
+    rubbish += [b'{"do": "reload", "timeout_s": ' + b"9" * 400 + b"}\n", b'{"do": "reload", "timeout_s": Infinity}\n']
     for line in [*rubbish, b"[" * 5000 + b"\n", b"x" * (70 << 10)]:
         with Client(control) as caller:
             caller.send(line)

@@ -167,6 +167,8 @@ class Process:
                 self.timers.append(name)
             case effects.MoveBegins() | effects.MoveEnds():
                 pass
+            case effects.LetGoOn():
+                raise AssertionError("the holder of this model does not die")
             case _:
                 assert_never(effect)
 

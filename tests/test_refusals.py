@@ -119,22 +119,35 @@ def test_a_release_that_cannot_read_the_states_is_refused(deployed: tuple[Server
         assert client.ask(b"b\n") == b"2 b\n"
 
 
-def test_a_state_that_the_replacement_cannot_decode_stays(deployed: tuple[Server, Path]) -> None:
-    """The replacement gives the record back; the very coroutine goes on, and nothing is lost."""
+@pytest.mark.parametrize("how_many", ["one", "all"])
+def test_a_state_that_the_replacement_cannot_decode_stays(deployed: tuple[Server, Path], how_many: str) -> None:
+    """The replacement gives the record back, the very coroutine goes on; if it reads none at all, all rolls back."""
     server, current = deployed
     source = ECHO + (
         "import copyover\n"
         "def decode(encoded, schema):\n"
-        "    raise ValueError('not this one')\n"
+        "    if b'1' in encoded: raise ValueError('not this one')\n"
+        "    return {'n': 7}\n"
         "handler = copyover.Application(handler=handler, decode=decode)\n"
     )
     write_release(current.parent / "odd", source)
     with Client(server.address) as client:
         assert client.ask(b"a\n") == b"1 a\n"
         deploy(current, "odd")
-        result = server.reload()
-        assert (result.exit_code, result.kept, result.lost) == (0, 1, 0)
-        assert "ValueError: not this one" in result.answer["kept"][0]["reason"]
+        with Client(server.address) as other:
+            assert other.ask(b"a\n") == b"1 a\n"
+            if how_many == "one":
+                assert other.ask(b"b\n") == b"2 b\n"
+            result = server.reload()
+            if how_many == "one":
+                assert (result.exit_code, result.moved, result.kept, result.lost) == (0, 1, 1, 0)
+                assert "ValueError: not this one" in result.answer["kept"][0]["reason"]
+                assert other.ask(b"c\n") == b"8 c\n"
+            else:
+                assert (result.exit_code, result.outcome, result.lost) == (3, "rolled-back", 0)
+                assert "could read none of the 2 states" in str(result.error)
+                assert "ValueError: not this one" in str(result.error)
+                assert other.ask(b"b\n") == b"2 b\n"
         assert client.ask(b"b\n") == b"2 b\n"
 
 
@@ -278,6 +291,26 @@ def test_a_replacement_that_is_killed_in_the_move_is_told_truthfully(copyover_se
         with pytest.raises(ConnectionResetError):
             idle.receive(1)
         assert busy.ask(b"1\n") == b"go on\n"
+
+
+def test_an_incumbent_that_stalls_in_the_move_is_killed_at_last(copyover_server: Servers) -> None:
+    """SIGSTOP cannot hold a change open for ever: past the deadlines the stalled worker is killed, and it is told."""
+    config = {"boundary_s": 5.0, "gather_s": 0.1}
+    server = copyover_server("handlers:two_parts", chdir=APPS, move="rolling", config=config)
+    incumbent = server.worker_pids()[0]
+    with Client(server.address) as busy, ThreadPoolExecutor(1) as deploy_script:
+        assert busy.ask(b"3\n") == b"go on\n"
+        reload = deploy_script.submit(server.reload, timeout_s=3)
+        while server.connections()[0]["state"] != "freezing":
+            assert not reload.done()
+        os.kill(incumbent, signal.SIGSTOP)
+        result = reload.result(90)
+        assert (result.exit_code, result.lost) == (4, 1)
+        with pytest.raises(ConnectionResetError):
+            busy.receive(1)
+    with Client(server.address) as client:
+        assert client.ask(b"1\n") == b"go on\n"
+    assert server.reload().outcome == "done"
 
 
 def test_a_crash_restart_uses_the_pinned_release(deployed: tuple[Server, Path]) -> None:

@@ -964,27 +964,34 @@ def test_a_worker_that_stays_is_forgiven() -> None:
     assert story.of(events.Spawn)[0].after_s == 0.0
 
 
-def test_a_restart_under_way_gives_way_to_a_reload() -> None:
-    """A worker that was still booting is of the old release: it is killed, and the new generation comes instead."""
+def test_a_restart_that_is_later_than_the_replacement_gives_way() -> None:
+    """A worker that is still booting when staging begins is of no use any more: it is killed."""
     story = Story()
     story.dies(1)
     (spawn,) = story.of(events.Spawn)
     story.reload()
-    assert story.killed == {spawn.worker}
+    (replacement,) = [effect.worker for effect in story.of(events.Spawn)]
+    assert story.killed == set()
+    story.says(replacement, READY)
+    assert spawn.worker in story.killed
     story.dies(spawn.worker)
-    story.all_ready()
     story.expects(Phase.SERVING)
     assert story.machine.holdings.generation == 2
 
 
-def test_workers_that_die_in_a_change_are_restored_after_it() -> None:
-    """During a change nothing is started beside it; a refused one leaves the incumbent at its full strength."""
+def test_a_worker_that_dies_while_the_replacement_boots_is_restored_at_once() -> None:
+    """However long a release takes to boot, the incumbent serves at its full strength; the restart moves, too."""
     story = Story(workers=2)
     story.reload(workers=1)
+    (replacement,) = [effect.worker for effect in story.of(events.Spawn)]
     story.dies(2)
-    assert story.of(events.Spawn) == []
-    story.handle(TimerFired("change"))
-    assert [effect.generation for effect in story.of(events.Spawn)] == [1]
+    (spawn,) = story.of(events.Spawn)
+    assert spawn.generation == 1
+    story.says(spawn.worker, READY)
+    assert kinds(story.sent(spawn.worker)) == ["AcceptOn"]
+    story.lend(spawn.worker, 10)
+    story.says(replacement, READY)
+    assert story.sent_one(replacement, messages.Stage).cookie == (10,)
 
 
 def test_a_worker_that_says_it_failed_is_noted() -> None:

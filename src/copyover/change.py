@@ -44,7 +44,7 @@ class Change:
     def leave_phase(self, phase: Phase, now_s: float) -> float:
         """Note how long the phase took, in ms, and return it."""
         spent_ms = round((now_s - self._phase_began_s) * 1000, 3)
-        self.phases_ms[phase.value] = spent_ms
+        self.phases_ms[phase.value] = self.phases_ms.get(phase.value, 0.0) + spent_ms  # a phase may come twice
         self._phase_began_s = now_s
         return spent_ms
 

@@ -141,7 +141,7 @@ def _checked(key: str, value: Any, *, file: str | None, line: int | None) -> Any
         structured = _converter.structure(value, _types()[key])
         if field.validator is not None:
             field.validator(None, field, structured)
-    except (ValueError, TypeError, cattrs.BaseValidationError) as problem:
+    except (ValueError, TypeError, OverflowError, cattrs.BaseValidationError) as problem:
         raise ConfigError(_words(problem), key=key, file=file, line=line) from problem
     return structured
 

@@ -46,7 +46,8 @@ def call(name: str, request: dict[str, Any], *, patience_s: float | None) -> Ite
             raise Denied(f"this user may not command the holder {name!r} at {path}") from refused
         except OSError as absent:
             raise HolderAbsent(
-                f"no holder named {name!r} listens on {path}; start one with: copyover run --name {name} APP"
+                f"no holder named {name!r} listens on {path}; start one with: copyover run --name {name} APP; "
+                f"if it runs under another COPYOVER_RUNTIME_DIR, set that here too"
             ) from absent
         sock.sendall(json.dumps(request).encode() + b"\n")
         with sock.makefile("r", encoding="utf-8") as lines, contextlib.suppress(ConnectionResetError):
@@ -124,7 +125,9 @@ def show_connections(found: dict[str, Any]) -> None:
     from rich.table import Table  # noqa: PLC0415
 
     columns = ("connection", "listener", "peer", "worker", "generation", "state", "kept")
-    table = Table(*columns, box=None)
+    table = Table(box=None)
+    for column in columns:
+        table.add_column(column, no_wrap=True)
     for row in found["connections"]:
         table.add_row(*("" if row[column] is None else str(row[column]) for column in columns))
-    Console().print(table)
+    Console(soft_wrap=True).print(table, crop=False)

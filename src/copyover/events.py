@@ -22,7 +22,6 @@ class Outcome(enum.Enum):
     REFUSED = "refused"
     ROLLED_BACK = "rolled-back"
     BUSY = "busy"
-    STOPPED = "stopped"
 
 
 # ---- events

@@ -188,9 +188,8 @@ class Holdings:
             self.lose(cookie)
         self.ledger.forget_copies(worker.id)
         self.set_timer(f"retire {worker.id}", None)
-        is_expected = worker.strength is Strength.RETIRING and not had
         self.note(
-            "left" if is_expected else "died",
+            "died" if had or worker.strength is Strength.BOOTING else "left",
             worker=worker.id,
             generation=worker.generation,
             how=event.how,
@@ -239,7 +238,11 @@ class Holdings:
         self.send(worker.id, messages.LendAck(total=worker.lent))
         if len(self.ledger) >= self.capacity and not self.is_full:
             self.is_full = True
-            self.note("full", connections=len(self.ledger), advice="raise RLIMIT_NOFILE")
+            self.note(
+                "full",
+                connections=len(self.ledger),
+                advice="raise the hard RLIMIT_NOFILE of the holder (LimitNOFILE=) and restart it",
+            )
             for accepting in [worker for worker in self.workers.values() if worker.strength is Strength.READY]:
                 self.accept_off(accepting, is_moving=False)
         return entries

@@ -179,7 +179,9 @@ def _somebody_listens(path: str) -> bool:
 def _in_words(problem: OSError, address: Address) -> Exception:
     where = address.path or f"{address.host}:{address.port}"
     if problem.errno == errno.EADDRINUSE:
-        return AddressInUse(f"another process listens on {where}; find it with: ss -ltnp 'sport = :{address.port}'")
+        how = "" if address.path else f"; find it with: ss -ltnp 'sport = :{address.port}'"
+        left = "workers whose holder has died hold it too: pgrep -af copyover.worker"
+        return AddressInUse(f"another process listens on {where}{how}; {left}")
     if problem.errno in (errno.EACCES, errno.EPERM):
         return PermissionRefused(f"this user may not listen on {where}: {problem.strerror}")
     return BadAddress(f"{where} cannot be bound: {problem.strerror or problem}")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 MAX_DESCRIPTORS = 253  # a message: SCM_MAX_FD. unix(7)
 MAX_ROWS = 4096  # a packet of columns stays well below the packet size
+MAX_CHUNK_BYTES = 64 << 20  # of the records of one message
 
 T = TypeVar("T", bound="Message")
 
@@ -116,6 +117,18 @@ class _WithRecords(Message):
 
     def records(self) -> Iterator[Record]:
         return map(Record, *(getattr(self, name) for name in RECORD_FIELDS))
+
+
+def record_chunks(records: Sequence[Record], most_rows: int) -> Iterator[slice]:
+    """Cut records into packets of at most so many rows and about 64 MiB, each at least one row."""
+    start, size = 0, 0
+    for place, record in enumerate(records):
+        if place > start and (place - start == most_rows or size + record.size_bytes > MAX_CHUNK_BYTES):
+            yield slice(start, place)
+            start, size = place, 0
+        size += record.size_bytes
+    if start < len(records):
+        yield slice(start, len(records))
 
 
 def record_columns(records: Sequence[Record]) -> dict[str, tuple[Any, ...]]:

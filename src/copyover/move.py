@@ -42,6 +42,7 @@ class Move:
         self.ended = 0
         self.lost = 0
         self.kept: dict[int, str] = {}
+        self.given_back = 0
         self.pauses_us: list[int] = []
         self._routes: dict[int, int] = {}  # together: incumbent to replacement
         self._between: collections.Counter[int] = collections.Counter()  # thawed, not adopted, by the incumbent left
@@ -221,6 +222,7 @@ class Move:
                 self.kept[cookie] = entry.moving.kept_because or ""
             self._settled(cookie)
             copies += [(copy, cookie) for copy in self._ledger.forget_others(cookie)]
+        self.given_back += len(given_back)
         self._holdings.drop(copies)
         self.place(given_back)
 
@@ -283,24 +285,24 @@ class Move:
         self._holdings.workers[target].staged += len(without_copy)
         self._send_stage(target, without_copy)
         is_forward = target in self.replacements
-        for chunk in _chunks(entries, messages.MAX_ROWS):
-            records = []
-            for entry in chunk:
-                if is_forward and entry.cookie not in self._left:
-                    self._left[entry.cookie] = entry.owner
-                    self._between[entry.owner] += 1
-                self._ledger.thaw(entry.cookie, target)
-                records.append(self._record_for(entry, target))
+        records = []
+        for entry in entries:
+            if is_forward and entry.cookie not in self._left:
+                self._left[entry.cookie] = entry.owner
+                self._between[entry.owner] += 1
+            self._ledger.thaw(entry.cookie, target)
+            records.append(self._record_for(entry, target))
+        for cut in messages.record_chunks(records, messages.MAX_ROWS):
             self._holdings.send(
                 target,
                 messages.Thaw(
-                    cookie=tuple([entry.cookie for entry in chunk]),
-                    epoch=tuple([entry.epoch for entry in chunk]),
-                    **messages.record_columns(records),
+                    cookie=tuple([entry.cookie for entry in entries[cut]]),
+                    epoch=tuple([entry.epoch for entry in entries[cut]]),
+                    **messages.record_columns(records[cut]),
                 ),
             )
-            if not all(record.flags & messages.RecordFlag.CUT for record in records):
-                self._holdings.send(target, messages.Enter(cut=False))
+        if not all(record.flags & messages.RecordFlag.CUT for record in records):
+            self._holdings.send(target, messages.Enter(cut=False))
 
     def _record_for(self, entry: Entry, target: int) -> messages.Record:
         record = entry.moving.record
@@ -376,6 +378,11 @@ class Move:
         """Backwards: all is with the incumbent again, or kept; a dying replacement may still have an answer."""
         present = [self._holdings.workers[worker] for worker in self.replacements if worker in self._holdings.workers]
         return not self.open and all(worker.is_off and self._holdings.is_alive(worker.id) for worker in present)
+
+    def stalled_incumbents(self) -> list[Worker]:
+        """Return those that owe an answer for a connection."""
+        owing = {self._ledger.entries[cookie].owner for cookie in self.open if cookie in self._ledger.entries}
+        return [worker for worker in self.living_incumbents() if worker.id in owing]
 
     def turn_forward(self) -> None:
         """Rolling back, the incumbent died: who lives serves."""

@@ -76,7 +76,9 @@ def spawn(argv: Sequence[str], *, cwd: str, env: Mapping[str, str], inherit: Seq
             )
         )
     except FileNotFoundError as missing:
-        if os.access(argv[0], os.X_OK) and os.access(cwd, os.X_OK):
+        if not os.path.isdir(cwd):  # noqa: PTH112  # a borrowed string
+            raise PythonNotFound(f"the release's directory {cwd} is gone; put it back, or reload another") from missing
+        if os.access(argv[0], os.X_OK):
             raise PythonNotFound(
                 f"{argv[0]} is there and cannot run: the interpreter of its own is missing"
             ) from missing

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from copyover.ledger import Ledger
 
 
+ROLL_BACK_S = 5.0  # beyond the time that connections have to reach a boundary
+
+
 class Machine:
     """
     The holder's mind: what it has, the phase, and the change under way.
@@ -90,22 +93,19 @@ class Machine:
         change = self._under_way
         spent_ms = change.leave_phase(self.phase, self._now_s)
         self.phase = phase
-        self.holdings.note("phase", phase=phase.value, generation=change.asked.generation, previous_ms=spent_ms)
+        self.holdings.note("phase", phase=phase.value, change=change.asked.generation, previous_ms=spent_ms)
 
     # ---- booting
 
     def _reload(self, event: Reload) -> None:
         holdings = self.holdings
         incumbents = [worker.id for worker in holdings.serving()]
-        for worker in list(holdings.workers.values()):  # a restart under way is of no use any more
-            if worker.strength is Strength.BOOTING:
-                holdings.kill(worker.id)
         replacements = [holdings.spawn(event.generation) for _ in range(event.workers)]
         move = Move(holdings, event, incumbents, replacements)
         self.change = Change(event, holdings.generation, self._now_s, move)
         self.phase = Phase.BOOTING
         holdings.set_timer("change", event.timeout_s)
-        holdings.note("phase", phase="booting", generation=event.generation, workers=event.workers, move=event.move)
+        holdings.note("phase", phase="booting", change=event.generation, workers=event.workers, move=event.move)
 
     def _busy(self, event: Reload) -> None:
         if event.is_remembered:
@@ -114,12 +114,13 @@ class Machine:
             return
         serving = self.holdings.generation
         error = f"another change is under way ({self.phase.value}); it was not disturbed"
-        result = Result(Outcome.BUSY, serving, event.generation, serving, error=error)
+        result = Result(Outcome.BUSY, serving, serving, serving, error=error)
         self.holdings.effects.append(Finished(event.asker, result))
 
     def _ready_in_boot(self, event: FromWorker) -> None:
         if event.worker not in self._move.replacements:
-            raise IllegalEvent(f"worker {event.worker} is ready in the middle of a change that it is no part of")
+            self._ready_again(event)  # a restart: the incumbent is to serve, however long the replacement boots
+            return
         self._mark_ready(event)
         replacements = self._move.living_replacements()
         if all(worker.strength is Strength.READY for worker in replacements):
@@ -136,8 +137,10 @@ class Machine:
 
     def _mark_ready(self, event: FromWorker) -> None:
         worker = self.holdings.workers[event.worker]
-        worker.strength = Strength.READY
-        worker.abilities = messages.expect(event.message, messages.Ready)
+        abilities = messages.expect(event.message, messages.Ready)
+        if worker.strength is not Strength.BOOTING or not all(type(schema) is int for schema in abilities.reads):
+            raise IllegalEvent(f"worker {worker.id} is {worker.strength.value} and says ready with {abilities.reads}")
+        worker.strength, worker.abilities = Strength.READY, abilities
 
     def _unreadable_schema(self) -> str | None:
         """What the incumbent wrote must be readable to the replacement, or the reload is refused."""
@@ -156,6 +159,10 @@ class Machine:
 
     def _begin_staging(self) -> None:
         self._enter(Phase.STAGING)
+        for worker in list(self.holdings.workers.values()):  # a restart that is late is of no use any more
+            if worker.strength is Strength.BOOTING:
+                self.holdings.kill(worker.id)
+        self._move.incumbents = [worker.id for worker in self.holdings.serving()]
         self._move.begin()
         self._check_staged()
 
@@ -197,7 +204,13 @@ class Machine:
 
     def _check_complete(self) -> None:
         self._move.enter_cuts()
-        if self._move.is_complete:
+        if not self._move.is_complete:
+            return
+        move = self._move
+        if move.given_back and move.kept and not move.moved and move.living_incumbents():
+            reason = next(iter(move.kept.values()))
+            self._roll_back(f"the replacement could read none of the {move.given_back} states: {reason}")
+        else:
             self._commit()
 
     def _commit(self) -> None:
@@ -256,7 +269,7 @@ class Machine:
         change = self._under_way
         change.reason, change.status = reason, 3
         self._enter(Phase.ROLLING_BACK)
-        self.holdings.set_timer("change", change.asked.boundary_s + 5)
+        self.holdings.set_timer("change", change.asked.boundary_s + ROLL_BACK_S)
         change.move.turn_back()
         self._check_back()
 
@@ -300,8 +313,12 @@ class Machine:
         self._finish(Outcome.ROLLED_BACK)
 
     def _roll_back_too_slow(self, _: Event) -> None:
-        for replacement in self._move.replacements:
-            self.holdings.kill(replacement)
+        """Who is past the deadline is killed, and only then what it has is decided: the replacement first."""
+        stalled = self._move.living_replacements() or self._move.stalled_incumbents()
+        for worker in stalled:
+            self.holdings.note("stalled", worker=worker.id, generation=worker.generation)
+            self.holdings.kill(worker.id)
+        self.holdings.set_timer("change", ROLL_BACK_S)
 
     # ---- the end of a change
 
@@ -313,7 +330,7 @@ class Machine:
         change.move.kept = {cookie: why for cookie, why in change.move.kept.items() if holdings.is_retiring(cookie)}
         holdings.kept.update(change.move.kept)
         result = change.result(outcome, holdings.generation)
-        holdings.counters["reloads_" + outcome.value] += 1
+        holdings.counters["reloads_" + outcome.value.replace("-", "_")] += 1
         holdings.counters["moved"] += result.moved
         holdings.set_timer("change", None)
         holdings.effects.append(Finished(change.asked.asker, result))
@@ -325,6 +342,7 @@ class Machine:
             kept=result.kept,
             ended=result.ended,
             lost=result.lost,
+            error=result.error,
         )
         if self._stop_wanted is not None:
             self._stop(self._stop_wanted)
@@ -388,8 +406,10 @@ class Machine:
         self._move.note_lost(lost)
         if event.worker in self._move.replacements and not was_dying:
             self._refuse(event.how, StartupFailed.exit_code)
-        else:
-            self._check()
+            return
+        if self.phase is Phase.BOOTING:
+            self.holdings.restore_strength()
+        self._check()
 
     def _died_in_move(self, event: Died) -> None:
         _, unserved, lost = self.holdings.bury(event)
@@ -429,6 +449,9 @@ class Machine:
         self._refuse("the holder was told to stop")
 
     def _stop_later(self, event: StopAsked) -> None:
+        """After the change, which its deadline bounds; asked a second time, at once."""
+        if self._stop_wanted is not None:
+            self._stop_at_once(event)
         self._stop_wanted = event
 
     def _stop_at_once(self, _: Event) -> None:

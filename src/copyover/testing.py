@@ -58,7 +58,7 @@ class ReloadResult:
 
     @property
     def outcome(self) -> str:
-        """One of done, refused, rolled-back, busy, stopped; or failed, where there was no answer."""
+        """One of done, refused, rolled-back, busy, started; or failed, where there was no answer."""
         return str(self.answer.get("outcome", "failed"))
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
 import selectors
 import socket
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from copyover.directory import Directory
+
+log = logging.getLogger("copyover.holder")
 
 LONGEST_REQUEST = 64 << 10
 MOST_UNREAD = 8 << 20
@@ -97,7 +100,7 @@ class Caller:
         except ConnectionError as gone:
             raise EOFError from gone
         del self._output[:sent]
-        if len(self._output) > MOST_UNREAD:
+        if len(self._output) > MOST_UNREAD and not self.is_done:  # an answer may be long, a backlog may not
             raise EOFError
 
     def close(self) -> None:
@@ -134,7 +137,9 @@ class Desk:
         """Let in whoever waits; this user and root may speak."""
         try:
             sock, _ = self._socket.accept()
-        except (BlockingIOError, ConnectionAbortedError):
+        except OSError as problem:
+            if not isinstance(problem, (BlockingIOError, ConnectionAbortedError)):
+                log.warning("event=caller-not-accepted problem=%r", str(problem))
             return
         number = next(self._numbers)
         caller = self._callers[number] = Caller(sock, number)
@@ -174,6 +179,9 @@ class Desk:
             self.reply(caller.number, {"error": str(problem)}, is_last=True)
         except EOFError:
             self._hang_up(caller)
+        except Exception:  # one request must never end the process that keeps every connection
+            log.exception("event=request-failed")
+            self.reply(caller.number, {"error": "the holder failed at this request; its log says where"}, is_last=True)
 
     def _flush(self, caller: Caller) -> None:
         try:

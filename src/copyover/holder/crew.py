@@ -175,14 +175,16 @@ class Hand:
             self.tail = None
 
 
-def check_cookies(message: messages.Lend, descriptors: Sequence[int]) -> None:
+def check_lend(message: messages.Lend, descriptors: Sequence[int], *, listeners: int) -> None:
     """
-    See that each lent descriptor is the connection that it is said to be.
+    See that each lent descriptor is the connection that it is said to be, of a listener that there is.
 
     Raises:
         WireError: it is another, or no socket at all.
 
     """
+    if any(place >= listeners for place in message.listener):
+        raise WireError(f"a lent connection is of listener {max(message.listener)}, there are {listeners}")
     for cookie, descriptor in zip(message.cookie, descriptors, strict=True):
         try:
             found = cookie_of_descriptor(descriptor)

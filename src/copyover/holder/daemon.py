@@ -66,7 +66,10 @@ class Daemon:
         self._settings = settings
         self._config = config
         self._listeners = listeners
-        self._machine = reload.Machine(capacity=max(descriptor_limit - RESERVED_DESCRIPTORS, 1))
+        # A connection is a descriptor here, and for a moment another one in each worker's channel.
+        capacity = descriptor_limit - min(RESERVED_DESCRIPTORS, descriptor_limit // 2)
+        log.info("event=limits descriptors=%d connections=%d", descriptor_limit, capacity)
+        self._machine = reload.Machine(capacity)
         self._selector = selectors.DefaultSelector()
         self._events: collections.deque[events.Event] = collections.deque()
         self._timers: dict[str, tuple[float, Callable[[], None]]] = {}
@@ -294,7 +297,7 @@ class Daemon:
             if isinstance(message, messages.Ready):
                 hand.ready = message
             if isinstance(message, messages.Lend):
-                crew.check_cookies(message, packet.descriptors)
+                crew.check_lend(message, packet.descriptors, listeners=len(self._listeners))
             self._events.append(events.FromWorker(hand.worker, message, packet.take()))
 
     def _config_of(self, hand: crew.Hand) -> Config:
@@ -311,7 +314,8 @@ class Daemon:
         how = hand.child.reap()
         self._unwatch(hand.channel)
         for packet in hand.remaining():
-            with contextlib.suppress(WireError):  # hello of a worker that died at once: nobody to welcome
+            # The hello of a worker that died at once: there is nobody to welcome, or to refuse.
+            with contextlib.suppress(WireError, ChangeRefused):
                 self._take_packet(hand, packet)
                 self._settle()
         self._settle()

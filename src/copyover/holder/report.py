@@ -56,10 +56,9 @@ def _error(result: Result, hands: Mapping[int, Hand]) -> str | None:
     pids = [str(hand.pid) for hand in hands.values() if hand.generation == result.serving_generation]
     served = "every connection" if result.lost == 0 else "the others"
     lost = f"; {result.lost} connections were lost" if result.lost else ""
-    return (
-        f"{result.error}{lost}; generation {result.serving_generation} (pid {', '.join(pids) or 'none'}) "
-        f"still serves {served}"
-    )
+    if not pids:
+        return f"{result.error}{lost}; no worker of generation {result.serving_generation} lives, it is being restarted"
+    return f"{result.error}{lost}; generation {result.serving_generation} (pid {', '.join(pids)}) still serves {served}"
 
 
 def percentiles(pauses_us: Sequence[int]) -> dict[str, float]:

@@ -24,6 +24,7 @@ from copyover.worker.effects import (
     Export,
     Halt,
     ImportShared,
+    LetGoOn,
     MoveBegins,
     MoveEnds,
     Restore,
@@ -275,7 +276,9 @@ class Agent:
                     **messages.record_columns([record for _, record, _ in chunk]),
                 )
             )
-            for first, chunk in _marked(_chunks(rows, messages.MAX_DESCRIPTORS))
+            for first, chunk in _marked(
+                rows[cut] for cut in messages.record_chunks(list(records.values()), messages.MAX_DESCRIPTORS)
+            )
         ]
         if asked.batch and not effects:
             effects.append(Send(messages.Frozen(batch=asked.batch)))
@@ -308,7 +311,7 @@ class Agent:
                 messages.Refused(
                     cookie=tuple([cookie for cookie, _, _ in chunk]),
                     epoch=tuple([seat.epoch for _, seat, _ in chunk]),
-                    reason=tuple([reason.encode() for _, _, reason in chunk]),
+                    reason=tuple([reason.encode(errors="replace") for _, _, reason in chunk]),
                 )
             )
             for chunk in _chunks(rows, messages.MAX_ROWS)
@@ -365,6 +368,22 @@ class Agent:
             seat.standing = Standing.SERVING
             del self._thawed[cookie]
         return [*effects, Serve(tuple([cookie for cookie, _ in thawed]), message.cut)]
+
+    def orphaned(self) -> list[Effect]:
+        """
+        The holder is dead: what has not left goes on here, and what has not come is not waited for.
+
+        Frozen and thawed connections wait: which of two workers serves them only a holder can say.
+        """
+        self._gathering = None
+        asked = (Standing.FREEZING, Standing.HALTED)
+        staying = tuple([cookie for cookie, seat in self.seats.items() if seat.standing in asked])
+        staged = tuple([cookie for cookie, seat in self.seats.items() if seat.standing is Standing.STAGED])
+        for cookie in staying:
+            self.seats[cookie].standing = Standing.SERVING
+        for cookie in staged:
+            del self.seats[cookie]
+        return [LetGoOn(staying), Discard(staged), MoveEnds()]
 
     # ---- the end of a move, the end of the worker
 

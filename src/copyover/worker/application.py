@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Any, Generic
 
 import attrs
+from attrs.validators import ge, le
 
 from copyover.errors import ApplicationNotFound, NotAHandler, StartupFailed
 from copyover.worker.connection import CannotFreeze, Connection, S
@@ -37,7 +38,7 @@ class Application(Generic[S]):
     Args:
         handler: ``async def handler(connection)``; entered once per connection, and again after each move.
         state: makes the state of a fresh connection: ``dict``, an attrs class of JSON types, or anything with a codec.
-        schema: the number of the state's form; a release that changes the form changes the number.
+        schema: the number of the state's form, at most 65535; a release that changes the form changes the number.
         reads: the schemas that *decode* can read; only *schema* if not given.
         encode: the state as bytes; JSON if not given.
         decode: bytes and the schema that they were written with, as a state.
@@ -50,7 +51,7 @@ class Application(Generic[S]):
 
     handler: Callable[[Connection[S]], Awaitable[None]]
     state: Callable[[], S] = attrs.field(default=dict)  # type: ignore[assignment]  # S is dict then
-    schema: int = 1
+    schema: int = attrs.field(default=1, validator=[ge(0), le(0xFFFF)])
     reads: frozenset[int] = attrs.field(converter=_frozen, default=frozenset[int]())
     encode: Callable[[S], bytes] | None = None
     decode: Callable[[bytes, int], S] | None = None

@@ -48,6 +48,7 @@ class Standing:
         "_transport",
         "_waiter",
         "halted_ns",
+        "is_left",
         "on_boundary",
     )
 
@@ -55,6 +56,7 @@ class Standing:
         self._loop = loop
         self._transport = transport
         self.halted_ns = 0
+        self.is_left = False  # its handler has returned
         # Called once, at the first boundary after the handler was entered.
         self.on_boundary: Callable[[], None] | None = None
         self._course = Course.RUNNING
@@ -87,8 +89,9 @@ class Standing:
 
     @property
     def is_at_boundary(self) -> bool:
-        if self._transport.phase is not Phase.OPEN:
-            return True  # its handler has returned; only bytes are left
+        if self.is_left:
+            return True  # only bytes are left
+        # Closed, and its handler not through: what follows the close must run here.
         is_idle_over = self._idle is not None and self._idle.done()
         return self._is_waiting and self._may_halt and not is_idle_over
 
@@ -120,6 +123,17 @@ class Standing:
             gate.set()
             self._transport.start()
 
+    def leave(self) -> None:
+        """Its handler has returned: only what is unsent is still to do, by whoever has it."""
+        self.is_left = True
+        if self.on_boundary is not None:
+            self._arrive()
+        self._transport.finish()
+        if self._course is Course.ASKED and self._transport.phase is not Phase.CLOSED:
+            self._halt_now()
+            if self._on_halt is not None:
+                self._on_halt()
+
     def stop(self) -> None:
         """End at the next boundary, as if the client had."""
         self._is_stopping = True
@@ -129,7 +143,7 @@ class Standing:
 
     @property
     def _may_halt(self) -> bool:
-        return self._busy is None and not self._pins
+        return self._busy is None and not self._pins and self._transport.phase is Phase.OPEN
 
     def _arrive(self) -> None:
         """A boundary: everything before it is complete."""

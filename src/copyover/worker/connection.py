@@ -364,7 +364,7 @@ class Connection(Standing, Generic[S]):
         """
         transport = self._transport
         flags = RecordFlag(0)
-        if transport.phase is not Phase.OPEN:
+        if self.is_left:
             flags |= RecordFlag.FINISHED
         if transport.phase is Phase.LINGERING:
             flags |= RecordFlag.WRITE_CLOSED
@@ -390,6 +390,7 @@ class Connection(Standing, Generic[S]):
         phase = Phase.OPEN
         if record.flags & RecordFlag.FINISHED:
             phase = Phase.LINGERING if record.flags & RecordFlag.WRITE_CLOSED else Phase.FINISHING
+            self.is_left = True
         self._transport.restore(record, phase)
         self.state = state
         self.resumed = True

@@ -39,6 +39,13 @@ class Halt:
 
 
 @attrs.frozen
+class LetGoOn:
+    """Serve these on, here: nobody is left to take them."""
+
+    cookies: tuple[int, ...]
+
+
+@attrs.frozen
 class Withdraw:
     """Let these go on; answer with ``withdrawn`` and why they never stopped."""
 
@@ -131,6 +138,7 @@ Effect = (
     Send
     | Build
     | Halt
+    | LetGoOn
     | Withdraw
     | Export
     | Restore

@@ -126,13 +126,16 @@ class Runtime:
         """The holder is gone: serve on, and accept; nothing can be lent."""
         if self._channel is None:
             return
-        log.warning("the holder is gone; this worker serves on without it and cannot be reloaded")
+        advice = f"it serves on without it and cannot be reloaded; end it with SIGTERM to pid {os.getpid()}"
+        log.warning("the holder of this worker is gone; %s", advice)
         self._loop.remove_reader(self._channel.fileno())
         self._loop.remove_writer(self._channel.fileno())
         channel, self._channel = self._channel, None
         channel.close()
         self._acceptor.hold("backlog", is_held=False)
-        gc.enable()
+        self._acceptor.switch(is_on=not self._is_leaving)
+        self._flush_ended()
+        self._perform(self._agent.orphaned())
 
     def _on_backlog(self, is_full: bool) -> None:  # noqa: FBT001
         if self._channel is None:
@@ -174,6 +177,9 @@ class Runtime:
                     self._build_staged(cookies, listeners)
                 case effects.Halt(batch, cookies):
                     self._perform(self._agent.halted(batch, self._halt(cookies)))
+                case effects.LetGoOn(cookies):
+                    for cookie in cookies:
+                        self._connections[cookie].go_on()
                 case effects.Withdraw(cookies):
                     self._perform(self._agent.withdrawn({cookie: self._let_go_on(cookie) for cookie in cookies}))
                 case effects.Export():
@@ -263,9 +269,7 @@ class Runtime:
                 connection.transport.abort()
         finally:
             if connection.course is not Course.FROZEN:
-                if connection.on_boundary is not None:
-                    connection.on_boundary()
-                connection.transport.finish()
+                connection.leave()
 
     def _forward(self, cookie: int, data: bytes) -> bool:
         """Pass on what was pushed to a connection that has moved; False if there is nobody to pass it to."""
