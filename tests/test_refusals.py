@@ -313,6 +313,25 @@ def test_an_incumbent_that_stalls_in_the_move_is_killed_at_last(copyover_server:
     assert server.reload().outcome == "done"
 
 
+def test_a_holder_that_is_killed_in_a_cut_leaves_its_clients_served(copyover_server: Servers) -> None:
+    """What has not left the incumbent goes on there, and fresh clients are accepted; nobody can reload any more."""
+    config = {"boundary_s": 60.0, "gather_s": 60.0}
+    server = copyover_server("handlers:two_parts", chdir=APPS, move="together", config=config)
+    server.expect_errors = True
+    with Client(server.address) as busy, Client(server.address) as idle, ThreadPoolExecutor(1) as deploy_script:
+        assert busy.ask(b"3\n") == b"go on\n"
+        reload = deploy_script.submit(server.reload)
+        while [row["state"] for row in server.connections()] != ["freezing", "freezing"]:
+            assert not reload.done()
+        server.kill()
+        assert reload.result(60).exit_code == 1  # what became of it is unknown
+        assert idle.ask(b"1\n") == b"go on\n"
+        busy.send(b"abc")
+        assert busy.line() == b"got abc\n"
+        with Client(server.address) as fresh:
+            assert fresh.ask(b"1\n") == b"go on\n"
+
+
 def test_a_crash_restart_uses_the_pinned_release(deployed: tuple[Server, Path]) -> None:
     """A symlink that a deploy has moved takes effect at the reload, not at the next crash."""
     server, current = deployed
