@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -151,15 +153,23 @@ def test_pushes_reach_everybody_after_a_consistent_cut(copyover_server: Servers)
         client.socket.close()
 
 
-def test_whole_lines_that_travel_unread_reach_everybody(copyover_server: Servers) -> None:
+def test_whole_lines_that_travel_unread_reach_everybody(copyover_server: Servers, tmp_path: Path) -> None:
     """Input of a cut is read once all are entered, also that which came in a record: nobody misses a broadcast."""
-    server = copyover_server("slow_room:chat", chdir=APPS, move="together")
-    with Client(server.address) as first, Client(server.address) as second:
+    config = {"gather_s": 60.0, "boundary_s": 60.0}
+    server = copyover_server("slow_room:chat", chdir=APPS, move="together", config=config)
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    wait = b"wait %s\n" % str(gate).encode()
+    with Client(server.address) as first, Client(server.address) as second, ThreadPoolExecutor(1) as deploy_script:
         second.send(b"zero\n")
         assert first.line() == second.line() == b"zero\n"
-        first.send(b"one\ntwo\nthree\n")
-        assert first.line() == second.line() == b"one\n"
-        assert server.reload().assert_lossless().moved == 2
+        first.send(wait + b"two\nthree\n")
+        assert first.line() == second.line() == wait
+        reload = deploy_script.submit(server.reload)
+        while [row["state"] for row in server.connections()] != ["freezing", "freezing"]:
+            assert not reload.done()
+        gate.open("wb").close()  # it comes to its boundary with two lines unread
+        assert reload.result(60).assert_lossless().moved == 2
         for expected in (b"two\n", b"three\n"):
             assert first.line() == second.line() == expected
 

@@ -47,7 +47,10 @@ def main() -> None:
 @click.argument("app", required=False)
 @click.option("--name", help="Name of the holder; default $COPYOVER_NAME, else default.")
 @click.option(
-    "--listen", multiple=True, metavar="[NAME=]ADDRESS", help="HOST:PORT, tcp://… or unix:///path; repeatable."
+    "--listen",
+    multiple=True,
+    metavar="[NAME=]ADDRESS",
+    help="HOST:PORT, tcp://… or unix:///path; repeatable; default 127.0.0.1:8000.",
 )
 @click.option("--workers", type=int, help="Interpreters of a generation; default 1.")
 @click.option("--python", help="The release's interpreter; default CHDIR/.venv/bin/python, else this one.")

@@ -1,6 +1,7 @@
 """A room whose members are slow to come back to their boundary, so that whole lines travel unread."""
 
 import asyncio
+from pathlib import Path
 
 import copyover
 
@@ -12,8 +13,9 @@ async def chat(connection: copyover.Connection) -> None:
     async for line in connection.lines():
         for member in members:
             member.push(line + b"\n")
-        if line == b"one":
-            await asyncio.sleep(0.7)
+        if line.startswith(b"wait "):
+            # Whoever opens this FIFO for writing lets it go on.
+            await asyncio.get_running_loop().run_in_executor(None, Path(line[5:].decode()).read_bytes)
 
 
 async def straggle(connection: copyover.Connection) -> None:
