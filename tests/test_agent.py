@@ -482,21 +482,21 @@ def test_a_frozen_connection_comes_back() -> None:
 
 def test_a_push_to_what_has_moved_is_forwarded() -> None:
     """In batches, in order; nothing is kept here."""
-    pushed = [(number, b"x%d" % number) for number in range(messages.MAX_ROWS + 1)]
+    pushed = [(number, messages.Act.SEND, b"x%d" % number) for number in range(messages.MAX_ROWS + 1)]
     first, second = sent(serving(1).forward(pushed))
     assert isinstance(first, messages.Forward)
     assert isinstance(second, messages.Forward)
-    assert [*first.cookie, *second.cookie] == [number for number, _ in pushed]
-    assert [*first.pushed, *second.pushed] == [data for _, data in pushed]
+    assert [*first.cookie, *second.cookie] == [number for number, _, _ in pushed]
+    assert [*first.pushed, *second.pushed] == [data for _, _, data in pushed]
     assert serving(1).forward([]) == []
 
 
 def test_a_push_is_delivered_where_the_connection_is() -> None:
     """To what is here; what is frozen here has moved on, and the push follows it; what has ended needs none."""
     agent = mixed()
-    found = agent.handle(messages.Push(cookie=(1, 2, 99), pushed=(b"a", b"b", b"c")))
-    assert one(found, effects.Deliver) == effects.Deliver((1,), (b"a",))
-    assert sent(found) == [messages.Forward(cookie=(2,), pushed=(b"b",))]
+    found = agent.handle(messages.Push(cookie=(1, 2, 99), act=(0, 1, 2), pushed=(b"a", b"", b"")))
+    assert one(found, effects.Deliver) == effects.Deliver((1,), (0,), (b"a",))
+    assert sent(found) == [messages.Forward(cookie=(2,), act=(messages.Act.CLOSE,), pushed=(b"",))]
 
 
 # ---- the end of a move, the end of the worker

@@ -195,6 +195,24 @@ def test_a_straggler_speaks_to_those_that_have_moved(copyover_server: Servers) -
         assert slow.line() == other.line() == b"now\n"
 
 
+def test_a_straggler_may_end_those_that_have_moved(copyover_server: Servers) -> None:
+    """A kick reaches its client wherever the connection is, and costs the one who kicks nothing."""
+    config = {"gather_s": 0.1, "boundary_s": 30.0}
+    server = copyover_server("slow_room:straggle", chdir=APPS, move="together", config=config)
+    with Client(server.address) as slow, Client(server.address) as other, ThreadPoolExecutor(1) as deploy_script:
+        slow.send(b"wait\n")
+        assert slow.line() == other.line() == b"wait\n"
+        reload = deploy_script.submit(server.reload)
+        while [row["worker"] for row in server.connections()] != [1, 2]:
+            assert not reload.done()
+        slow.send(b"kick\n")
+        assert slow.line() == other.line() == b"said: kick\n"
+        assert other.receive(1) == b""
+        assert reload.result(60).assert_lossless().moved == 2
+        slow.send(b"now\n")
+        assert slow.line() == b"now\n"
+
+
 @BOTH_MOVES
 def test_a_time_out_of_the_incumbent_does_not_reach_a_client_that_moved(copyover_server: Servers, move: str) -> None:
     """The clock of a frozen coroutine may run out: the client hears nothing of it."""

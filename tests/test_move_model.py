@@ -152,7 +152,7 @@ class Process:
             case effects.Serve(cookies):
                 for cookie in cookies:
                     self.enter(cookie)
-            case effects.Deliver(cookies, pushed):
+            case effects.Deliver(cookies, _, pushed):
                 for cookie, data in zip(cookies, pushed, strict=True):
                     self.deliver(cookie, data[0])
             case effects.Discard(cookies):
@@ -243,7 +243,7 @@ class Process:
     def push(self, cookie: int, data: int) -> None:
         """Another connection's handler, or a clock, sends to this one."""
         if cookie in self.departed:
-            self.perform(self.agent.forward([(cookie, bytes([data]))]))
+            self.perform(self.agent.forward([(cookie, messages.Act.SEND, bytes([data]))]))
         else:
             self.deliver(cookie, data)
 

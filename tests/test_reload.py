@@ -199,7 +199,7 @@ def every_message(worker: int) -> list[messages.Message]:
         messages.AcceptOn(),
         messages.MoveOver(),
     ]
-    found.append(messages.Forward(cookie=(10, 77), pushed=(b"a", b"b")))
+    found.append(messages.Forward(cookie=(10, 77), act=(0, 0), pushed=(b"a", b"b")))
     one = messages.record_columns([messages.Record()])
     for cookie, epoch in itertools.product((10, 12, 77), (0, 1, 2)):
         at: dict[str, Any] = {"cookie": (cookie,), "epoch": (epoch,)}
@@ -476,7 +476,8 @@ def test_what_ends_in_the_replacement_is_dropped_in_the_incumbent() -> None:
 
 
 def pushed(*rows: tuple[int, bytes]) -> dict[str, Any]:
-    return {"cookie": tuple(cookie for cookie, _ in rows), "pushed": tuple(data for _, data in rows)}
+    cookies, pushes = zip(*rows, strict=True)
+    return {"cookie": cookies, "act": (messages.Act.SEND,) * len(rows), "pushed": pushes}
 
 
 def test_a_push_follows_its_connection() -> None:

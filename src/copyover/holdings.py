@@ -250,20 +250,20 @@ class Holdings:
     def forward(self, event: events.FromWorker) -> None:
         """Give what was pushed to connections that have moved to whoever has them; to one that ended, to nobody."""
         message = messages.expect(event.message, messages.Forward)
-        per_owner: dict[int, list[tuple[int, bytes]]] = {}
-        for cookie, pushed in zip(message.cookie, message.pushed, strict=True):
+        per_owner: dict[int, list[tuple[int, int, bytes]]] = {}
+        for cookie, act, pushed in zip(message.cookie, message.act, message.pushed, strict=True):
             entry = self.ledger.entries.get(cookie)
             if entry is not None and (entry.standing is Standing.PARKED or self.ledger.has_record(entry)):
-                entry.moving.pushed.append(pushed)
+                entry.moving.pushed.append((act, pushed))
             elif entry is not None:
-                per_owner.setdefault(entry.owner, []).append((cookie, pushed))
+                per_owner.setdefault(entry.owner, []).append((cookie, act, pushed))
         for owner, rows in per_owner.items():
             self.push(owner, rows)
 
-    def push(self, worker: int, rows: list[tuple[int, bytes]]) -> None:
+    def push(self, worker: int, rows: list[tuple[int, int, bytes]]) -> None:
         if rows:
-            cookies, pushed = zip(*rows, strict=True)
-            self.send(worker, messages.Push(cookie=cookies, pushed=pushed))
+            cookies, acts, pushed = zip(*rows, strict=True)
+            self.send(worker, messages.Push(cookie=cookies, act=acts, pushed=pushed))
 
     def release(self, event: events.FromWorker, on_ended: Callable[[int], None]) -> None:
         """

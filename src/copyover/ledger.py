@@ -40,7 +40,7 @@ class Passage:
     is_given: bool = False  # its owner has that record, and has not said since that it serves
     was_adopted: bool = False  # somebody else than its origin has served it since
     kept_because: str | None = None
-    pushed: list[bytes] = attrs.field(factory=list)  # by others while nobody had it
+    pushed: list[tuple[int, bytes]] = attrs.field(factory=list)  # acts of others while nobody had it
     unfit: frozenset[int] = frozenset()  # the workers that gave the record back
 
 

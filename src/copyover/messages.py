@@ -33,6 +33,14 @@ class How(enum.IntEnum):
     STOPPED = 4  # the server is stopping
 
 
+class Act(enum.IntEnum):
+    """What somebody does to a connection that is another worker's by now."""
+
+    SEND = 0
+    CLOSE = 1  # send what is unsent, then FIN
+    ABORT = 2  # RST
+
+
 class RecordFlag(enum.IntFlag):
     """What else a record says about its connection."""
 
@@ -249,10 +257,11 @@ class Adopted(Message):
 
 @attrs.frozen(kw_only=True)
 class Forward(Message):
-    """Somebody here pushed to these after they were frozen here: whoever has them sends it to the client."""
+    """Somebody here pushed to these, or ended them, after they were frozen here: whoever has them does it."""
 
     KIND: ClassVar[int] = 12
     cookie: tuple[int, ...] = column("Q")
+    act: tuple[int, ...] = column("B")
     pushed: tuple[bytes, ...] = blob()
 
 
@@ -378,10 +387,11 @@ class Stop(Message):
 
 @attrs.frozen(kw_only=True)
 class Push(Message):
-    """Send these bytes on these connections of yours; not yours any more, they come back as a forward."""
+    """Send these bytes on these connections of yours, or end them; not yours any more, it comes back as a forward."""
 
     KIND: ClassVar[int] = 44
     cookie: tuple[int, ...] = column("Q")
+    act: tuple[int, ...] = column("B")
     pushed: tuple[bytes, ...] = blob()
 
 

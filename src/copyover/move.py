@@ -182,12 +182,12 @@ class Move:
         message = messages.expect(event.message, messages.Adopted)
         standings = (Standing.THAWING, Standing.FREEZING)
         self._ledger.check(event.worker, message.cookie, message.epoch, standings)
-        held: list[tuple[int, bytes]] = []
+        held: list[tuple[int, int, bytes]] = []
         for cookie, epoch, pause_us in zip(message.cookie, message.epoch, message.pause_us, strict=True):
             if self._ledger.is_late(cookie):
                 continue
             entry = self._ledger.adopt(event.worker, cookie, epoch)
-            held += [(cookie, pushed) for pushed in entry.moving.pushed]
+            held += [(cookie, act, pushed) for act, pushed in entry.moving.pushed]
             entry.moving.pushed.clear()
             if entry.standing is not Standing.SERVED:
                 continue  # a freeze has crossed it, its answer follows

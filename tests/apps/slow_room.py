@@ -27,3 +27,5 @@ async def straggle(connection: copyover.Connection) -> None:
             late = await connection.read_until(b"\n")
             for member in members:
                 member.push(b"said: " + late)
+            if late == b"kick\n":
+                await members[-1].close()

@@ -165,23 +165,25 @@ class Agent:
 
     # ---- what others push
 
-    def forward(self, pushed: Sequence[tuple[int, bytes]]) -> list[Effect]:
-        """Somebody here pushed to connections that have moved."""
-        return [
-            Send(messages.Forward(cookie=tuple([c for c, _ in chunk]), pushed=tuple([data for _, data in chunk])))
-            for chunk in _chunks(pushed, messages.MAX_ROWS)
-        ]
+    def forward(self, rows: Sequence[tuple[int, int, bytes]]) -> list[Effect]:
+        """Somebody here pushed to connections that have moved, or ended them: rows of cookie, act and bytes."""
+        effects: list[Effect] = []
+        for chunk in _chunks(rows, messages.MAX_ROWS):
+            cookies, acts, pushed = zip(*chunk, strict=True)
+            effects.append(Send(messages.Forward(cookie=cookies, act=acts, pushed=pushed)))
+        return effects
 
     def _push(self, message: messages.Push, _: int) -> list[Effect]:
-        ours: list[tuple[int, bytes]] = []
-        moved: list[tuple[int, bytes]] = []
-        for cookie, pushed in zip(message.cookie, message.pushed, strict=True):
-            seat = self.seats.get(cookie)
+        ours: list[tuple[int, int, bytes]] = []
+        moved: list[tuple[int, int, bytes]] = []
+        for row in zip(message.cookie, message.act, message.pushed, strict=True):
+            seat = self.seats.get(row[0])
             if seat is not None:
-                (moved if seat.standing is Standing.FROZEN else ours).append((cookie, pushed))
+                (moved if seat.standing is Standing.FROZEN else ours).append(row)
         effects: list[Effect] = []
         if ours:
-            effects.append(Deliver(tuple([cookie for cookie, _ in ours]), tuple([pushed for _, pushed in ours])))
+            cookies, acts, pushed = zip(*ours, strict=True)
+            effects.append(Deliver(cookies, acts, pushed))
         return effects + self.forward(moved)
 
     # ---- freezing

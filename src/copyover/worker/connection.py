@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic
 import attrs
 
 from copyover.errors import ConnectionClosed, CopyoverError, LimitExceeded, Moved
-from copyover.messages import Record, RecordFlag
+from copyover.messages import Act, Record, RecordFlag
 from copyover.worker.boundary import Course, Standing
 from copyover.worker.transport import Phase
 
@@ -73,7 +73,7 @@ class Connection(Standing, Generic[S]):
         cookie: int,
         listener: str,
         limits: Limits,
-        forward: Callable[[int, bytes], bool],
+        forward: Callable[[int, Act, bytes], bool],
     ) -> None:
         super().__init__(loop, transport)
         self._limits = limits
@@ -228,13 +228,22 @@ class Connection(Standing, Generic[S]):
             Moved: another worker serves the connection now, and no holder lives that could pass it on.
 
         """
+        self._act(Act.SEND, data)
+
+    def _act(self, act: Act, data: bytes | bytearray | memoryview = b"") -> None:
+        """Do it where the connection is."""
         if self._course is not Course.FROZEN:
-            self.deliver(data)
-        elif not self._forward(self.cookie, bytes(data)):
+            self.deliver(act, data)
+        elif not self._forward(self.cookie, act, bytes(data)):
             raise Moved(f"connection {self.cookie} has moved to another worker, and the holder is gone")
 
-    def deliver(self, data: bytes | bytearray | memoryview) -> None:
-        """Send what somebody has pushed; for the runtime."""
+    def deliver(self, act: int, data: bytes | bytearray | memoryview) -> None:
+        """Do what somebody, perhaps in another worker, did to this connection; for the runtime."""
+        if act != Act.SEND:
+            end = self._transport.abort if act == Act.ABORT else self._transport.finish
+            end()
+            self._changed()
+            return
         self._transport.write(data)
         if len(self._transport.output) > self._limits.unsent_bytes:
             self.abort()
@@ -244,30 +253,22 @@ class Connection(Standing, Generic[S]):
         End the connection: what is unsent is sent, then FIN. The handler may return instead.
 
         Raises:
-            Moved: another task than the handler's calls it, and another worker serves the connection now.
+            Moved: as for ``push``.
 
         """
         if current.get() is self:
             await self._pass_gate()
-        self._check_here()
-        self._transport.finish()
-        self._changed()
+        self._act(Act.CLOSE)
 
     def abort(self) -> None:
         """
         End the connection at once, with a true RST; what is unsent is gone.
 
         Raises:
-            Moved: another worker serves the connection now.
+            Moved: as for ``push``.
 
         """
-        self._check_here()
-        self._transport.abort()
-        self._changed()
-
-    def _check_here(self) -> None:
-        if self._course is Course.FROZEN:
-            raise Moved(f"connection {self.cookie} has moved to another worker")
+        self._act(Act.ABORT)
 
     def _check_open(self) -> None:
         if self._transport.error is not None:
@@ -364,7 +365,7 @@ class Connection(Standing, Generic[S]):
         """
         transport = self._transport
         flags = RecordFlag(0)
-        if self.is_left:
+        if self.is_left or transport.phase is not Phase.OPEN:  # closed by another task while it was halted
             flags |= RecordFlag.FINISHED
         if transport.phase is Phase.LINGERING:
             flags |= RecordFlag.WRITE_CLOSED

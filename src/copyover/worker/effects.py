@@ -86,9 +86,10 @@ class Serve:
 
 @attrs.frozen
 class Deliver:
-    """Send these bytes on these connections: somebody in another worker pushed them."""
+    """Do what somebody in another worker did to these connections; *pushed* are the bytes of those to be sent."""
 
     cookies: tuple[int, ...]
+    acts: tuple[int, ...]
     pushed: tuple[bytes, ...]
 
 

@@ -70,7 +70,7 @@ class Runtime:
         # Coroutines of connections that moved: destroyed, they would run their finally blocks.
         self._asleep: list[asyncio.Task[None]] = []
         self._incoming: list[int] = []
-        self._pushed: list[tuple[int, bytes]] = []  # to connections that have moved
+        self._pushed: list[tuple[int, int, bytes]] = []  # to connections that have moved
         self._ended: dict[int, messages.How] = {}
         self._how: messages.How | None = None  # what ends connections from outside, once this worker is leaving
         self._is_leaving = False
@@ -190,10 +190,10 @@ class Runtime:
                     self._import_shared(shared)
                 case effects.Serve(cookies, is_cut):
                     self._serve(cookies, is_cut=is_cut)
-                case effects.Deliver(cookies, pushed):
-                    for cookie, data in zip(cookies, pushed, strict=True):
+                case effects.Deliver(cookies, acts, pushed):
+                    for cookie, act, data in zip(cookies, acts, pushed, strict=True):
                         if cookie in self._connections:
-                            self._connections[cookie].deliver(data)
+                            self._connections[cookie].deliver(act, data)
                 case effects.Discard(cookies):
                     self._discard(cookies)
                 case effects.Accept(is_on):
@@ -271,13 +271,13 @@ class Runtime:
             if connection.course is not Course.FROZEN:
                 connection.leave()
 
-    def _forward(self, cookie: int, data: bytes) -> bool:
-        """Pass on what was pushed to a connection that has moved; False if there is nobody to pass it to."""
+    def _forward(self, cookie: int, act: messages.Act, data: bytes) -> bool:
+        """Pass on what was done to a connection that has moved; False if there is nobody to pass it to."""
         if self._channel is None:
             return False
         if not self._pushed:
             self._loop.call_soon(self._flush_pushed)
-        self._pushed.append((cookie, data))
+        self._pushed.append((cookie, act, data))
         return True
 
     def _flush_pushed(self) -> None:
