@@ -69,13 +69,14 @@ ROOMS: dict[str, set[str]] = {
     "worker.boundary": {"worker.transport"},
     "worker.connection": {"errors", "messages", "worker.boundary", "worker.transport"},
     "worker.application": {"errors", "worker.connection"},
+    "worker.cut": {"worker.boundary", "worker.connection", "worker.transport"},
     "worker.accepting": set(),
     "worker.effects": {"messages"},
     "worker.agent": {"errors", "messages", "worker.effects"},
     "worker.runtime": {
         *("channel", "errors", "messages", "sockets"),
         *("worker.accepting", "worker.agent", "worker.application", "worker.boundary"),
-        *("worker.connection", "worker.effects", "worker.transport"),
+        *("worker.connection", "worker.cut", "worker.effects", "worker.transport"),
     },
     "worker.__main__": {
         *("", "channel", "errors", "messages", "wire"),

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 Hook = Callable[[], Awaitable[None]]
+_JSON, _BYTES = b"j", b"b"  # how a shared state is written, its first byte
 _JSON_LEAVES = frozenset({str, int, float, bool, type(None)})
 
 
@@ -82,6 +83,25 @@ class Application(Generic[S]):
         if attrs.has(kind):
             value = self._attrs_values(kind, state)
         return json_bytes(value, "state")
+
+    def encode_shared(self) -> bytes | None:
+        """Return what the application shares as bytes, None if it has none; what its code raises passes."""
+        if self.export_shared is None:
+            return None
+        shared = self.export_shared()
+        return _BYTES + shared if isinstance(shared, bytes) else _JSON + json_bytes(shared, "shared")
+
+    def decode_shared(self, encoded: bytes) -> None:
+        """
+        Give the application what an incumbent shared; what its code raises passes.
+
+        Raises:
+            CannotFreeze: it takes none.
+
+        """
+        if self.import_shared is None:
+            raise CannotFreeze("the incumbent shares state and this release has no import_shared")
+        self.import_shared(json.loads(encoded[1:]) if encoded[:1] == _JSON else encoded[1:])
 
     def _attrs_values(self, kind: type, state: object) -> dict[str, Any]:
         if kind is not self.state:

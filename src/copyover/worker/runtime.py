@@ -10,7 +10,6 @@ import asyncio
 import contextvars
 import functools
 import gc
-import json
 import logging
 import os
 import socket
@@ -24,9 +23,9 @@ from copyover.sockets import cookie_of
 from copyover.worker import effects
 from copyover.worker.accepting import Acceptor
 from copyover.worker.agent import Agent
-from copyover.worker.application import json_bytes
 from copyover.worker.boundary import Course
-from copyover.worker.connection import CannotFreeze, Connection, Limits, current
+from copyover.worker.connection import Connection, Limits, current
+from copyover.worker.cut import Cut
 from copyover.worker.transport import Phase, Transport
 
 if TYPE_CHECKING:
@@ -38,12 +37,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("copyover.worker")
 
 PACKETS_A_TURN = 16
-ENTER_S = 1.0  # how long a cut waits for handlers that do not reach a boundary before input is read
 EXIT_S = 5.0
 LAST_S = 1.0
-
-_JSON_SHARED = b"j"
-_BYTES_SHARED = b"b"
 
 
 class Runtime:
@@ -396,21 +391,17 @@ class Runtime:
                 self._connections[cookie].go_on()
 
     def _export_shared(self) -> bytes | None:
-        if self._application.export_shared is None:
-            return None
         try:
-            shared = self._application.export_shared()
-            return _BYTES_SHARED + shared if isinstance(shared, bytes) else _JSON_SHARED + json_bytes(shared, "shared")
+            return self._application.encode_shared()
         except Exception as problem:  # whatever the application raises refuses the move
             log.exception("export_shared failed")
             self.send(messages.Failed(reason=f"the incumbent's export_shared: {_sentence(problem)}", status=3))
             return None
 
     def _import_shared(self, shared: tuple[bytes, ...]) -> None:
-        take = self._application.import_shared or _no_import_shared
         try:
             for part in shared:
-                take(json.loads(part[1:]) if part[:1] == _JSON_SHARED else part[1:])
+                self._application.decode_shared(part)
         except Exception as problem:  # whatever the application raises refuses the move
             log.exception("import_shared failed")
             self.send(messages.Failed(reason=f"the replacement's import_shared: {_sentence(problem)}", status=3))
@@ -449,7 +440,7 @@ class Runtime:
             else:
                 entering.append(connection)
         if is_cut:
-            _Cut(self._loop, entering)
+            Cut(self._loop, entering)
         for connection in entering:
             if not is_cut:
                 connection.transport.start()
@@ -468,32 +459,6 @@ class Runtime:
             self._asleep.append(task)
 
 
-class _Cut:
-    """Input is read once all handlers of the cut have reached a boundary: a broadcast then finds everybody there."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, connections: list[Connection[Any]]) -> None:
-        self._connections = connections
-        self._absent = {connection.cookie for connection in connections}
-        self._deadline = loop.call_later(ENTER_S, self._read)
-        for connection in connections:
-            connection.on_boundary = functools.partial(self._arrived, connection.cookie)
-        if not connections:
-            self._read()
-
-    def _arrived(self, cookie: int) -> None:
-        self._absent.discard(cookie)
-        if not self._absent:
-            self._read()
-
-    def _read(self) -> None:
-        self._deadline.cancel()
-        connections, self._connections = self._connections, []
-        for connection in connections:
-            connection.on_boundary = None
-            if connection.transport.phase is not Phase.CLOSED and connection.course in (Course.RUNNING, Course.ASKED):
-                connection.transport.start()
-
-
 def leave(status: int) -> None:
     """
     End this process now.
@@ -508,10 +473,6 @@ def leave(status: int) -> None:
 
 def _sentence(problem: Exception) -> str:
     return str(problem) if isinstance(problem, CopyoverError) else f"{type(problem).__name__}: {problem}"
-
-
-def _no_import_shared(_: object) -> None:
-    raise CannotFreeze("the incumbent shares state and this release has no import_shared")
 
 
 def _nothing() -> None:
