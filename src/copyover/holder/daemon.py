@@ -222,7 +222,8 @@ class Daemon:
             case events.SetTimer(name, float() | int() as after_s):
                 self._set_timer(name, after_s, lambda: self._events.append(events.TimerFired(name)))
             case events.Note(name, fields):
-                log.info("event=%s %s", name, " ".join(f"{key}={_value(value)}" for key, value in fields.items()))
+                told = {key: value for key, value in fields.items() if value is not None}
+                log.info("event=%s %s", name, " ".join(f"{key}={_value(value)}" for key, value in told.items()))
             case events.Finished(asker, result):
                 self._finished(asker, result)
             case events.AskAgain():
