@@ -309,12 +309,6 @@ def all_errors(kind: type[CopyoverError] = CopyoverError) -> Iterator[type[Copyo
         yield from all_errors(narrower)
 
 
-def test_a_worker_s_exit_status_is_an_error_again() -> None:
-    """The holder names what a worker reported as a number."""
-    for code, kind in errors.BY_EXIT_CODE.items():
-        assert kind.exit_code == code
-
-
 def test_exit_codes_are_as_documented() -> None:
     """One number an error, and none of two; the tree in errors.py is complete."""
     codes = {

@@ -4,7 +4,7 @@ What can go wrong, in words, with what to do.
 It decides the exit code of each failure; it never prints and never exits.
 
     CopyoverError
-    ├── Moved                     a push to a connection that another worker serves now
+    ├── Moved                     a push to a connection that has moved, and no holder to pass it on
     ├── ConnectionClosed          a write to a connection that has ended
     ├── LimitExceeded             a line, a message or an output queue over its limit
     ├── WireError                 a packet that the peer should not have sent
@@ -38,7 +38,7 @@ class CopyoverError(Exception):
 
 
 class Moved(CopyoverError):
-    """The connection was frozen here; another worker serves it, or will in a moment."""
+    """The connection was frozen here, and no holder lives that could pass on what is done to it."""
 
 
 class ConnectionClosed(CopyoverError, ConnectionError):
@@ -150,16 +150,3 @@ class StartupFailed(CopyoverError):
     """The application's ``startup`` raised, or the worker died before it was ready."""
 
     exit_code = 18
-
-
-# A worker reports the status of its failure as a number; this says which class that is.
-BY_EXIT_CODE: dict[int, type[CopyoverError]] = {
-    kind.exit_code: kind
-    for kind in (
-        ApplicationNotFound,
-        NotAHandler,
-        PermissionRefused,
-        PythonNotFound,
-        StartupFailed,
-    )
-}

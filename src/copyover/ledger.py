@@ -71,7 +71,6 @@ class Ending:
     cookie: int
     descriptor: int
     copies_in: tuple[int, ...]
-    standing: Standing
 
 
 class Ledger:
@@ -148,7 +147,7 @@ class Ledger:
             self.tombstones.add(entry.cookie)
         passage = entry.passage or Passage()
         copies = tuple(dict.fromkeys(w for w in (passage.staged_in, passage.origin) if w not in (0, entry.owner)))
-        return Ending(entry.cookie, entry.descriptor, copies, entry.standing)
+        return Ending(entry.cookie, entry.descriptor, copies)
 
     def stage(self, cookie: int, worker: int) -> None:
         self.entries[cookie].moving.staged_in = worker

@@ -400,16 +400,19 @@ class Machine:
         if worker.strength is not Strength.RETIRING:
             self.holdings.restore_strength()
 
+    def _died_in_boot(self, event: Died) -> None:
+        """An incumbent is restored at once: a release may take long to boot."""
+        self._died_before_move(event)
+        self.holdings.restore_strength()
+
     def _died_before_move(self, event: Died) -> None:
         was_dying = not self.holdings.is_alive(event.worker)
         _, _, lost = self.holdings.bury(event)
         self._move.note_lost(lost)
         if event.worker in self._move.replacements and not was_dying:
             self._refuse(event.how, StartupFailed.exit_code)
-            return
-        if self.phase is Phase.BOOTING:
-            self.holdings.restore_strength()
-        self._check()
+        else:
+            self._check()
 
     def _died_in_move(self, event: Died) -> None:
         _, unserved, lost = self.holdings.bury(event)
@@ -508,7 +511,7 @@ class Machine:
         (Phase.BOOTING, StopAsked): _stop_instead,
         (Phase.BOOTING, messages.Ready): _ready_in_boot,
         (Phase.BOOTING, messages.Failed): _failed_before_move,
-        (Phase.BOOTING, Died): _died_before_move,
+        (Phase.BOOTING, Died): _died_in_boot,
         # -------------------------------- staging
         (Phase.STAGING, StopAsked): _stop_instead,
         (Phase.STAGING, messages.Lend): _lend_and_stage,

@@ -276,8 +276,10 @@ class Runtime:
         return True
 
     def _flush_pushed(self) -> None:
-        pushed, self._pushed = self._pushed, []
-        self._perform(self._agent.forward(pushed))
+        if self._pushed:
+            pushed, self._pushed = self._pushed, []
+            self._perform(self._agent.forward(pushed))
+            self._leave_if_done()
 
     # ---- endings
 
