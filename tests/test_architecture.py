@@ -54,14 +54,23 @@ ROOMS: dict[str, set[str]] = {
     "directory": {"errors"},
     "release": {"config", "errors"},
     "holder": set(),
-    "holder.crew": {"", "channel", "errors", "listeners", "messages", "process", "release", "sockets", "wire"},
-    "holder.control": {"directory", "errors"},
-    "holder.report": {"change", "events", "holder.crew", "holdings", "ledger", "reload"},
-    "holder.daemon": {
-        *("channel", "config", "directory", "errors", "events", "listeners", "messages", "process", "release"),
-        *("change", "reload", "sockets", "holder.control", "holder.crew", "holder.report"),
+    "holder.loop": set(),
+    "holder.hand": {"", "channel", "errors", "listeners", "messages", "process", "release", "sockets", "wire"},
+    "holder.crew": {
+        *("channel", "config", "errors", "events", "listeners", "messages", "process", "release"),
+        *("holder.hand", "holder.loop"),
     },
-    "holder.__main__": {"config", "directory", "errors", "holder.daemon", "listeners", "process"},
+    "holder.control": {"directory", "errors"},
+    "holder.report": {"change", "events", "holder.hand", "holdings", "ledger", "reload"},
+    "holder.daemon": {
+        *("change", "config", "directory", "errors", "events", "listeners", "reload", "release", "sockets"),
+        *("holder.control", "holder.crew", "holder.hand", "holder.loop", "holder.report"),
+    },
+    "holder.requests": {"change", "config", "errors", "events", "holder.daemon", "holder.report", "sockets"},
+    "holder.__main__": {
+        *("config", "directory", "errors", "listeners", "process"),
+        *("holder.daemon", "holder.requests"),
+    },
     # ---- the worker
     "": {"errors", "worker.application", "worker.connection"},  # for type checkers; loaded at first use
     "worker": set(),

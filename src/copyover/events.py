@@ -24,6 +24,9 @@ class Outcome(enum.Enum):
     BUSY = "busy"
 
 
+BY_BOOT = -1  # who asks for the first generation
+BY_SIGNAL = 0  # nobody waits for the answer
+
 # ---- events
 
 

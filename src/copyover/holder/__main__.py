@@ -17,6 +17,7 @@ from copyover import directory as directories
 from copyover import listeners, process
 from copyover.errors import ConfigError, CopyoverError
 from copyover.holder.daemon import Daemon
+from copyover.holder.requests import Requests
 
 if TYPE_CHECKING:
     from copyover.config import Config
@@ -37,7 +38,7 @@ def main(text: str) -> int:
         daemon = Daemon(lambda: configs.load(told["file"], told["flags"]), config, directory, bound, limit)
         gc.collect()
         gc.freeze()
-        code = daemon.run()
+        code = daemon.run(Requests(daemon).answer)
     except CopyoverError as problem:
         print(f"copyover: {problem}", file=sys.stderr)  # noqa: T201
         return problem.exit_code

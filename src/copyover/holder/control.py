@@ -111,7 +111,7 @@ class Desk:
     """
     The control socket, 0600, and everybody who is connected to it.
 
-    *answer* is given the number of a caller and a request; what it replies to a caller that has gone is dropped.
+    Who is to answer is said when it opens; what is replied to a caller that has gone is dropped.
     """
 
     def __init__(
@@ -119,12 +119,11 @@ class Desk:
         directory: Directory,
         watch: Callable[[Any, Callable[[], None], int], None],
         unwatch: Callable[[Any], None],
-        answer: Callable[[int, dict[str, Any]], None],
     ) -> None:
         self._directory = directory
         self._watch = watch
         self._unwatch = unwatch
-        self._answer = answer
+        self._answer: Callable[[int, dict[str, Any]], None] = _nobody
         self._socket = _listen(directory)
         self._callers: dict[int, Caller] = {}
         self._numbers = itertools.count(1)
@@ -132,6 +131,11 @@ class Desk:
 
     def fileno(self) -> int:
         return self._socket.fileno()
+
+    def open(self, answer: Callable[[int, dict[str, Any]], None]) -> None:
+        """Let callers in; *answer* is given the number of a caller and a request."""
+        self._answer = answer
+        self._watch(self, self.accept, selectors.EVENT_READ)
 
     def accept(self) -> None:
         """Let in whoever waits; this user and root may speak."""
@@ -229,3 +233,7 @@ def _request(line: bytes) -> dict[str, Any]:
     if type(request) is not dict or type(request.get("do")) is not str:
         raise BadRequest('a request is an object with a key "do"')
     return request
+
+
+def _nobody(_caller: int, _request: dict[str, Any]) -> None:
+    raise AssertionError("the desk is not open")

@@ -1,214 +1,198 @@
 """
-The worker processes as the holder sees them: each with its channel, its pidfd and its stderr.
+All workers of the holder: started, heard, killed and buried; what they say comes out as events.
 
-It starts, greets and buries them; what their messages mean is decided in reload.
+What their messages mean is decided in reload.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import logging
-import os
-import platform
-import socket
-import sys
-import time
-from typing import TYPE_CHECKING, Any
+import selectors
+from typing import TYPE_CHECKING
 
-import copyover
-from copyover import channel, messages, process, wire
-from copyover.errors import ChangeRefused, ChannelClosed, WireError
-from copyover.sockets import cookie_of_descriptor
+import attrs
+
+from copyover import events, messages, process
+from copyover.errors import ChangeRefused, ChannelClosed, CopyoverError, WireError
+from copyover.holder.hand import Hand, check_lend
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
+    from copyover.channel import Packet
+    from copyover.config import Config
+    from copyover.holder.loop import Loop
     from copyover.listeners import Listener
     from copyover.release import Release
 
 log = logging.getLogger("copyover.holder")
 
-TAIL_LINES = 50
-_LONGEST_LINE = 2000
+PACKETS_A_TURN = 64
 
 
-class Tail:
-    """What a worker wrote to stderr before it was ready: passed on, and the last lines kept."""
+@attrs.define
+class Generation:
+    """What the workers of one generation are started from, and what the last of them that died wrote."""
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._partial = b""
-        self.lines: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
+    release: Release
+    config: Config
+    last_words: list[str] = attrs.field(factory=list)
 
-    def fileno(self) -> int:
-        return self._descriptor
 
-    def read(self) -> bool:
-        """Read what is there; False once the worker has closed it."""
+class Crew:
+    """
+    The worker processes.
+
+    *tell* takes an event; *settle* has it handled, and what that queues.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        listeners: Sequence[Listener],
+        environment: dict[str, str],
+        tell: Callable[[events.Event], None],
+        settle: Callable[[], None],
+    ) -> None:
+        self._loop = loop
+        self._listeners = listeners
+        self._environment = environment
+        self._tell = tell
+        self._settle = settle
+        self.hands: dict[int, Hand] = {}
+        self.generations: dict[int, Generation] = {}
+        self.protocol_errors = 0
+
+    # ---- starting
+
+    def spawn(self, worker: int, generation: int, after_s: float) -> None:
+        self._loop.set_timer(f"spawn {worker}", after_s, lambda: self._start(worker, generation))
+
+    def _start(self, worker: int, generation: int) -> None:
         try:
-            data = os.read(self._descriptor, 64 << 10)
+            hand = Hand(worker, generation, self.generations[generation].release, self._environment)
+        except (CopyoverError, OSError) as problem:
+            log.error("event=not-started worker=%d problem=%r", worker, str(problem))  # noqa: TRY400  # a sentence
+            self._tell(events.Died(worker, str(problem)))
+            return
+        self.hands[worker] = hand
+        self._loop.watch(hand.child, lambda: self._bury(hand))
+        self._loop.watch(hand.channel, lambda: self._receive(hand))
+        if hand.tail is not None:
+            self._loop.watch(hand.tail, lambda: self._read_tail(hand))
+        hand.channel.on_backlog = lambda is_full: self._watch_channel(hand, is_full=is_full)
+        log.info("event=started worker=%d pid=%d generation=%d", worker, hand.pid, generation)
+
+    def _watch_channel(self, hand: Hand, *, is_full: bool) -> None:
+        mask = selectors.EVENT_READ | (selectors.EVENT_WRITE if is_full else 0)
+        self._loop.watch(hand.channel, lambda: self._receive(hand), mask)
+
+    def forget_generations(self, newest: int) -> None:
+        """Keep those that have a worker, and the newest."""
+        alive = {hand.generation for hand in self.hands.values()} | {newest}
+        self.generations = {number: kept for number, kept in self.generations.items() if number in alive}
+
+    # ---- talking
+
+    def send(self, worker: int, message: messages.Message, descriptors: Iterable[int]) -> None:
+        hand = self.hands.get(worker)
+        if hand is not None:
+            with contextlib.suppress(ChannelClosed):  # it is dying; its pidfd tells
+                hand.channel.send(message, tuple(descriptors))
+
+    def _receive(self, hand: Hand) -> None:
+        try:
+            if hand.channel.has_backlog:
+                hand.channel.flush()
+            for _ in range(PACKETS_A_TURN):
+                self._take_packet(hand, hand.channel.receive())
+                self._settle()
         except BlockingIOError:
-            return True
-        with contextlib.suppress(OSError):  # our own stderr may be gone; the tail is kept all the same
-            sys.stderr.buffer.write(data)
-            sys.stderr.buffer.flush()
-        *lines, self._partial = (self._partial + data).split(b"\n")
-        if not data and self._partial:
-            lines, self._partial = [self._partial], b""
-        self.lines.extend(line[:_LONGEST_LINE].decode(errors="replace") for line in lines)
-        return bool(data)
+            return
+        except ChannelClosed:
+            self._loop.unwatch(hand.channel)  # not its death: that is for the pidfd to say
+        except (WireError, ChangeRefused) as problem:
+            log.error("event=refused worker=%d problem=%r", hand.worker, str(problem))  # noqa: TRY400  # a sentence
+            self.protocol_errors += 1
+            self._tell(events.FromWorker(hand.worker, messages.Failed(reason=str(problem), status=3)))
+            self._loop.unwatch(hand.channel)
+            hand.child.kill()
 
-    def close(self) -> None:
-        os.close(self._descriptor)
+    def _take_packet(self, hand: Hand, packet: Packet) -> None:
+        with packet:
+            message = packet.message
+            if hand.hello is None:
+                options = self.generations[hand.generation].config.worker_options
+                hand.welcome(messages.expect(message, messages.Hello), self._listeners, options)
+                return
+            if isinstance(message, messages.Ready):
+                hand.ready = message
+            if isinstance(message, messages.Lend):
+                check_lend(message, packet.descriptors, listeners=len(self._listeners))
+            self._tell(events.FromWorker(hand.worker, message, packet.take()))
 
+    def break_with(self, worker: int) -> None:
+        """It broke the protocol: its word cannot be trusted for any connection."""
+        self.protocol_errors += 1
+        if worker in self.hands:
+            self.hands[worker].child.kill()
 
-class Hand:
-    """One worker process."""
+    # ---- ending
 
-    def __init__(self, worker: int, generation: int, release: Release, environment: dict[str, str]) -> None:
-        self.worker = worker
-        self.generation = generation
-        self.release = release
-        self.started_s = time.monotonic()
-        self.hello: messages.Hello | None = None
-        self.ready: messages.Ready | None = None
-        ours, theirs = channel.pair()
-        read_end, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        os.set_blocking(write_end, True)
-        real_stderr = os.dup(2)
-        own = {
-            "COPYOVER_CHANNEL": str(theirs.fileno()),
-            "COPYOVER_STDERR": str(real_stderr),
-            "COPYOVER_WORKER": str(worker),
-        }
-        try:
-            self.child = process.spawn(
-                release.command,
-                cwd=release.directory,
-                env=environment | own,
-                inherit=(theirs.fileno(), real_stderr),
-                stderr=write_end,
-            )
-        except BaseException:
-            ours.close()
-            os.close(read_end)
-            raise
-        finally:
-            theirs.close()
-            os.close(real_stderr)
-            os.close(write_end)
-        self.tail: Tail | None = Tail(read_end)
-        self.lines: collections.deque[str] = self.tail.lines
-        self.channel = channel.Channel(ours)
+    def kill(self, worker: int) -> None:
+        if worker in self.hands:
+            self.hands[worker].child.kill()
+        elif self._loop.cancel_timer(f"spawn {worker}"):
+            self._tell(events.Died(worker, "was not started any more"))
 
-    @property
-    def pid(self) -> int:
-        return self.child.pid
+    def end_all(self) -> None:
+        """Kill and reap all at once: nothing ever served."""
+        for hand in self.hands.values():
+            self._loop.unwatch(hand.child)
+            hand.child.kill()
+            hand.child.reap()
+        self.hands.clear()
 
-    def welcome(self, hello: messages.Hello, listeners: Sequence[Listener], options: dict[str, Any]) -> None:
-        """
-        Answer its hello with what it is to run.
+    def reap_orphans(self) -> None:
+        process.reap_orphans({hand.pid for hand in self.hands.values()})
 
-        Raises:
-            ChangeRefused: it speaks no wire or record version of ours.
+    def _bury(self, hand: Hand) -> None:
+        """Reap, read its channel to the end, and only then say that it is dead."""
+        self._loop.unwatch(hand.child)
+        how = hand.child.reap()
+        self._loop.unwatch(hand.channel)
+        for packet in hand.remaining():
+            # The hello of a worker that died at once: there is nobody to welcome, or to refuse.
+            with contextlib.suppress(WireError, ChangeRefused):
+                self._take_packet(hand, packet)
+                self._settle()
+        self._settle()
+        self._note_last_words(hand)
+        words = hand.in_words(how)
+        if hand.tail is not None:
+            self._loop.unwatch(hand.tail)
+        del self.hands[hand.worker]
+        hand.close()
+        self._tell(events.Died(hand.worker, words))
+        self._settle()
+        self.reap_orphans()
 
-        """
-        version = wire.common_version(hello.wire)
-        if version is None or wire.common_version(hello.record, wire.RECORD_VERSIONS) is None:
-            raise ChangeRefused(
-                f"{self.release.python} has copyover {hello.copyover}, which speaks wire {hello.wire} and record "
-                f"{hello.record}; this holder has copyover {copyover.__version__} with wire {list(wire.WIRE_VERSIONS)} "
-                f"and record {list(wire.RECORD_VERSIONS)}; install a version that both speak: {self._pip_command()}"
-            )
-        self.hello = hello
-        self.channel.version = version
-        self.channel.send(
-            messages.Welcome(
-                wire=version,
-                generation=self.generation,
-                names=[listener.name for listener in listeners],
-                application=self.release.application,
-                app_dir=self.release.app_dir,
-                options=options,
-                listener=tuple(range(len(listeners))),
-            ),
-            [listener.socket.fileno() for listener in listeners],
-        )
+    # ---- what they wrote
 
-    def _pip_command(self) -> str:
-        return f"{self.release.python} -m pip install copyover=={copyover.__version__}"
+    def _read_tail(self, hand: Hand) -> None:
+        if hand.tail is not None and not hand.tail.read():
+            self._loop.unwatch(hand.tail)
+            hand.drop_tail()
 
-    def in_words(self, how: str) -> str:
-        """Say what its end means: for the log and for whoever waits for a reload."""
-        who = f"worker {self.worker} (pid {self.pid}, generation {self.generation})"
-        if self.hello is None and any("No module named" in line and "copyover" in line for line in self.lines):
-            return (
-                f"{self.release.python} does not have copyover; this holder has {copyover.__version__} on Python "
-                f"{platform.python_version()}: {self._pip_command()}"
-            )
-        if self.hello is None:
-            return f"{who} {how} before it said hello; its interpreter is {self.release.python}"
-        if self.ready is None:
-            return f"{who} {how} before it was ready"
-        return f"{who} {how}"
+    def _note_last_words(self, hand: Hand) -> None:
+        if hand.tail is not None:
+            hand.tail.drain()
+        self.generations[hand.generation].last_words = list(hand.lines)
 
-    def remaining(self) -> list[channel.Packet]:
-        """Read the channel of a dead worker to its end: what it had sent still counts."""
-        packets = []
-        while True:
-            try:
-                packets.append(self.channel.receive())
-            except (BlockingIOError, ChannelClosed):
-                # A forked child may hold the other end open: an empty channel of a dead worker is its end.
-                return packets
-            except WireError:
-                continue  # the packet that it died in the middle of; nothing of it was used
-
-    def close(self) -> None:
-        self.channel.close()
-        self.drop_tail()
-
-    def drop_tail(self) -> None:
-        if self.tail is not None:
-            self.tail.close()
-            self.tail = None
-
-
-def check_lend(message: messages.Lend, descriptors: Sequence[int], *, listeners: int) -> None:
-    """
-    See that each lent descriptor is the connection that it is said to be, of a listener that there is.
-
-    Raises:
-        WireError: it is another, or no socket at all.
-
-    """
-    if any(place >= listeners for place in message.listener):
-        raise WireError(f"a lent connection is of listener {max(message.listener)}, there are {listeners}")
-    for cookie, descriptor in zip(message.cookie, descriptors, strict=True):
-        try:
-            found = cookie_of_descriptor(descriptor)
-        except OSError as problem:
-            raise WireError("a lent descriptor is no socket") from problem
-        if found != cookie:
-            raise WireError(f"a lent descriptor is connection {found}, not {cookie}")
-
-
-def environment(instance: str) -> dict[str, str]:
-    """Return the environment of workers: ours, without what the service manager meant for us alone."""
-    private = {"LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"}
-    return {name: value for name, value in os.environ.items() if name not in private} | {"COPYOVER_INSTANCE": instance}
-
-
-def notify(state: str) -> None:
-    """Tell the service manager, where there is one. sd_notify(3)"""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.setblocking(False)
-        try:
-            manager.connect("\0" + address[1:] if address.startswith("@") else address)
-            manager.send(state.encode())
-        except OSError as problem:  # it is told for its own sake; we serve all the same
-            log.warning("event=not-notified address=%s problem=%r", address, str(problem))
+    def last_words(self, generation: int) -> list[str]:
+        """Return what a generation wrote before it was ready; of one that is gone, what its last worker wrote."""
+        for hand in self.hands.values():
+            if hand.generation == generation and hand.ready is None:
+                self._note_last_words(hand)
+        return self.generations[generation].last_words if generation in self.generations else []

@@ -16,7 +16,7 @@ from copyover.ledger import Standing
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from copyover.holder.crew import Hand
+    from copyover.holder.hand import Hand
     from copyover.ledger import Entry
     from copyover.reload import Machine
 

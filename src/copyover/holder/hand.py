@@ -1,0 +1,222 @@
+"""
+One worker process as the holder sees it: its channel, its pidfd and its stderr.
+
+It starts, greets and quotes it; when it is read and buried is decided in crew.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import logging
+import os
+import platform
+import select
+import socket
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import copyover
+from copyover import channel, messages, process, wire
+from copyover.errors import ChangeRefused, ChannelClosed, WireError
+from copyover.sockets import cookie_of_descriptor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from copyover.listeners import Listener
+    from copyover.release import Release
+
+log = logging.getLogger("copyover.holder")
+
+TAIL_LINES = 50
+_LONGEST_LINE = 2000
+
+
+class Tail:
+    """What a worker wrote to stderr before it was ready: passed on, and the last lines kept."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._partial = b""
+        self.lines: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def read(self) -> bool:
+        """Read what is there; False once the worker has closed it."""
+        try:
+            data = os.read(self._descriptor, 64 << 10)
+        except BlockingIOError:
+            return True
+        with contextlib.suppress(OSError):  # our own stderr may be gone; the tail is kept all the same
+            sys.stderr.buffer.write(data)
+            sys.stderr.buffer.flush()
+        *lines, self._partial = (self._partial + data).split(b"\n")
+        if not data and self._partial:
+            lines, self._partial = [self._partial], b""
+        self.lines.extend(line[:_LONGEST_LINE].decode(errors="replace") for line in lines)
+        return bool(data)
+
+    def drain(self) -> None:
+        """Read what the pipe holds now; a forked child may keep it open."""
+        poll = select.poll()
+        poll.register(self._descriptor, select.POLLIN)
+        while poll.poll(0) and self.read():
+            continue
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+class Hand:
+    """One worker process."""
+
+    def __init__(self, worker: int, generation: int, release: Release, environment: dict[str, str]) -> None:
+        self.worker = worker
+        self.generation = generation
+        self.release = release
+        self.started_s = time.monotonic()
+        self.hello: messages.Hello | None = None
+        self.ready: messages.Ready | None = None
+        ours, theirs = channel.pair()
+        read_end, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        os.set_blocking(write_end, True)
+        real_stderr = os.dup(2)
+        own = {
+            "COPYOVER_CHANNEL": str(theirs.fileno()),
+            "COPYOVER_STDERR": str(real_stderr),
+            "COPYOVER_WORKER": str(worker),
+        }
+        try:
+            self.child = process.spawn(
+                release.command,
+                cwd=release.directory,
+                env=environment | own,
+                inherit=(theirs.fileno(), real_stderr),
+                stderr=write_end,
+            )
+        except BaseException:
+            ours.close()
+            os.close(read_end)
+            raise
+        finally:
+            theirs.close()
+            os.close(real_stderr)
+            os.close(write_end)
+        self.tail: Tail | None = Tail(read_end)
+        self.lines: collections.deque[str] = self.tail.lines
+        self.channel = channel.Channel(ours)
+
+    @property
+    def pid(self) -> int:
+        return self.child.pid
+
+    def welcome(self, hello: messages.Hello, listeners: Sequence[Listener], options: dict[str, Any]) -> None:
+        """
+        Answer its hello with what it is to run.
+
+        Raises:
+            ChangeRefused: it speaks no wire or record version of ours.
+
+        """
+        version = wire.common_version(hello.wire)
+        if version is None or wire.common_version(hello.record, wire.RECORD_VERSIONS) is None:
+            raise ChangeRefused(
+                f"{self.release.python} has copyover {hello.copyover}, which speaks wire {hello.wire} and record "
+                f"{hello.record}; this holder has copyover {copyover.__version__} with wire {list(wire.WIRE_VERSIONS)} "
+                f"and record {list(wire.RECORD_VERSIONS)}; install a version that both speak: {self._pip_command()}"
+            )
+        self.hello = hello
+        self.channel.version = version
+        self.channel.send(
+            messages.Welcome(
+                wire=version,
+                generation=self.generation,
+                names=[listener.name for listener in listeners],
+                application=self.release.application,
+                app_dir=self.release.app_dir,
+                options=options,
+                listener=tuple(range(len(listeners))),
+            ),
+            [listener.socket.fileno() for listener in listeners],
+        )
+
+    def _pip_command(self) -> str:
+        return f"{self.release.python} -m pip install copyover=={copyover.__version__}"
+
+    def in_words(self, how: str) -> str:
+        """Say what its end means: for the log and for whoever waits for a reload."""
+        who = f"worker {self.worker} (pid {self.pid}, generation {self.generation})"
+        if self.hello is None and any("No module named" in line and "copyover" in line for line in self.lines):
+            return (
+                f"{self.release.python} does not have copyover; this holder has {copyover.__version__} on Python "
+                f"{platform.python_version()}: {self._pip_command()}"
+            )
+        if self.hello is None:
+            return f"{who} {how} before it said hello; its interpreter is {self.release.python}"
+        if self.ready is None:
+            return f"{who} {how} before it was ready"
+        return f"{who} {how}"
+
+    def remaining(self) -> list[channel.Packet]:
+        """Read the channel of a dead worker to its end: what it had sent still counts."""
+        packets = []
+        while True:
+            try:
+                packets.append(self.channel.receive())
+            except (BlockingIOError, ChannelClosed):
+                # A forked child may hold the other end open: an empty channel of a dead worker is its end.
+                return packets
+            except WireError:
+                continue  # the packet that it died in the middle of; nothing of it was used
+
+    def close(self) -> None:
+        self.channel.close()
+        self.drop_tail()
+
+    def drop_tail(self) -> None:
+        if self.tail is not None:
+            self.tail.close()
+            self.tail = None
+
+
+def check_lend(message: messages.Lend, descriptors: Sequence[int], *, listeners: int) -> None:
+    """
+    See that each lent descriptor is the connection that it is said to be, of a listener that there is.
+
+    Raises:
+        WireError: it is another, or no socket at all.
+
+    """
+    if any(place >= listeners for place in message.listener):
+        raise WireError(f"a lent connection is of listener {max(message.listener)}, there are {listeners}")
+    for cookie, descriptor in zip(message.cookie, descriptors, strict=True):
+        try:
+            found = cookie_of_descriptor(descriptor)
+        except OSError as problem:
+            raise WireError("a lent descriptor is no socket") from problem
+        if found != cookie:
+            raise WireError(f"a lent descriptor is connection {found}, not {cookie}")
+
+
+def environment(instance: str) -> dict[str, str]:
+    """Return the environment of workers: ours, without what the service manager meant for us alone."""
+    private = {"LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"}
+    return {name: value for name, value in os.environ.items() if name not in private} | {"COPYOVER_INSTANCE": instance}
+
+
+def notify(state: str) -> None:
+    """Tell the service manager, where there is one. sd_notify(3)"""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.setblocking(False)
+        try:
+            manager.connect("\0" + address[1:] if address.startswith("@") else address)
+            manager.send(state.encode())
+        except OSError as problem:  # it is told for its own sake; we serve all the same
+            log.warning("event=not-notified address=%s problem=%r", address, str(problem))

@@ -1,0 +1,94 @@
+"""
+What operators may ask of the holder, and what they are answered.
+
+It reads the holder and hands on what is to be done; it decides no transition.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from copyover import config as configs
+from copyover import events
+from copyover.change import Phase
+from copyover.errors import UsageError
+from copyover.holder import report
+from copyover.sockets import peer_of_descriptor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from copyover.holder.daemon import Daemon
+
+
+class Requests:
+    """Answers the requests that come over the control socket."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+        self._known: dict[str, Callable[[int, dict[str, Any]], None]] = {
+            "reload": self._reload,
+            "status": lambda caller, _: self._tell(caller, self._status()),
+            "connections": lambda caller, _: self._tell(caller, self._connections()),
+            "stop": self._stop,
+        }
+
+    def answer(self, caller: int, request: dict[str, Any]) -> None:
+        """Answer one request, or promise an answer."""
+        known = self._known.get(request["do"])
+        if known is None:
+            self._refuse(caller, f"this holder does not know {request['do']!r}")
+        else:
+            known(caller, request)
+
+    def _tell(self, caller: int, result: dict[str, Any]) -> None:
+        self._daemon.desk.reply(caller, {"result": {"schema": report.SCHEMA} | result}, is_last=True)
+
+    def _refuse(self, caller: int, sentence: str) -> None:
+        self._daemon.desk.reply(caller, {"error": sentence}, is_last=True)
+
+    def _reload(self, caller: int, request: dict[str, Any]) -> None:
+        daemon = self._daemon
+        try:
+            wishes = configs.wishes({key: request.get(key) for key in ("timeout_s", "move")})
+        except UsageError as problem:
+            self._refuse(caller, str(problem))
+            return
+        if request.get("wait", True) or daemon.machine.phase is not Phase.SERVING:  # then it is told that it is busy
+            daemon.waiting.add(caller)
+            daemon.ask_reload(caller, wishes)
+            return
+        daemon.ask_reload(events.BY_SIGNAL, wishes)
+        self._tell(caller, {"outcome": "started", "exit_code": 0})
+
+    def _stop(self, caller: int, _: dict[str, Any]) -> None:
+        self._tell(caller, {"pid": os.getpid()})
+        self._daemon.stop()
+
+    def _status(self) -> dict[str, Any]:
+        daemon, now_s = self._daemon, time.monotonic()
+        counters = daemon.machine.holdings.counters
+        counters["denied"] = daemon.desk.denied
+        counters["protocol_errors"] = daemon.crew.protocol_errors
+        deadline_s = daemon.loop.deadline_s("change") or daemon.loop.deadline_s("stop")
+        return {
+            "name": daemon.config.name,
+            "pid": os.getpid(),
+            "uptime_s": round(now_s - daemon.started_s, 3),
+            "is_serving": report.is_serving(daemon.machine),
+            **report.status(daemon.machine, daemon.crew.hands, now_s=now_s, deadline_s=deadline_s),
+            "listeners": [{"name": listener.name, "address": listener.url} for listener in daemon.listeners],
+            "last_reload": daemon.last_reload,
+        }
+
+    def _connections(self) -> dict[str, Any]:
+        machine, listeners = self._daemon.machine, self._daemon.listeners
+        rows = [
+            report.connection_object(
+                entry, machine, listeners[entry.listener].name, peer_of_descriptor(entry.descriptor)
+            )
+            for entry in machine.ledger.entries.values()
+        ]
+        return {"connections": rows}
