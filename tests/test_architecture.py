@@ -28,6 +28,7 @@ PURE = {
     "holdings",
     "move",
     "change",
+    "parking",
     "reload",
     "worker.agent",
     "worker.effects",
@@ -46,7 +47,8 @@ ROOMS: dict[str, set[str]] = {
     "holdings": {"errors", "events", "ledger", "messages"},
     "move": {"events", "holdings", "ledger", "messages"},
     "change": {"events", "move"},
-    "reload": {"change", "errors", "events", "holdings", "ledger", "messages", "move"},
+    "parking": {"events", "holdings", "ledger", "messages"},
+    "reload": {"change", "errors", "events", "holdings", "ledger", "messages", "move", "parking"},
     # ---- the holder
     "process": {"errors"},
     "listeners": {"errors"},
@@ -60,11 +62,12 @@ ROOMS: dict[str, set[str]] = {
         *("channel", "config", "errors", "events", "listeners", "messages", "process", "release"),
         *("holder.hand", "holder.loop"),
     },
+    "holder.health": {"errors", "events", "holder.loop", "process"},
     "holder.control": {"directory", "errors"},
     "holder.report": {"change", "events", "holder.hand", "holdings", "ledger", "reload"},
     "holder.daemon": {
-        *("change", "config", "directory", "errors", "events", "listeners", "reload", "release", "sockets"),
-        *("holder.control", "holder.crew", "holder.hand", "holder.loop", "holder.report"),
+        *("change", "config", "directory", "errors", "events", "listeners", "process", "reload", "release"),
+        *("sockets", "holder.control", "holder.crew", "holder.hand", "holder.health", "holder.loop", "holder.report"),
     },
     "holder.requests": {"change", "config", "errors", "events", "holder.daemon", "holder.report", "sockets"},
     "holder.__main__": {

@@ -264,6 +264,19 @@ class Process:
         self.timers.remove(name)
         self.perform(self.agent.timer(name))
 
+    def has_slot(self, cookie: int, epoch: int) -> bool:
+        """Whether this dead worker has written its slot at that epoch: before it served, or never."""
+        seat, local = self.agent.seats.get(cookie), self.locals.get(cookie)
+        return seat is not None and local is not None and local.version >= 0 and seat.epoch == epoch
+
+    def slot_of(self, cookie: int) -> messages.Record | None:
+        """Return what its last boundary was, if the kernel proves that it stood there when it was killed."""
+        local = self.locals[cookie]
+        if not local.is_at_boundary:
+            return None
+        state = local.version.to_bytes(4, "little", signed=True)
+        return messages.Record(schema=1, unsent=bytes(local.output), state=state)
+
     def serving(self) -> list[int]:
         return [cookie for cookie, local in self.locals.items() if local.course in (Course.RUNNING, Course.ASKED)]
 
@@ -323,7 +336,7 @@ class World:
                 self.results.append(result)
                 for process in self.processes.values():
                     process.must_share = False
-            case events.Note() | events.AskAgain():
+            case events.Note() | events.AskAgain() | events.CheckHealth():
                 pass
             case _:
                 assert_never(effect)
@@ -336,11 +349,10 @@ class World:
         self.truths[cookie].is_lost = True
         assert not any(cookie in process.serving() for process in self.living()), "reset while it is served"
         refusing = {worker for worker, spoilt in self.cannot_restore | self.cannot_export if spoilt == cookie}
-        if cookie not in self.may_be_lost and len(refusing) < 2:
+        is_stopping = self.machine.phase in (Phase.STOPPING, Phase.STOPPED)
+        if cookie not in self.may_be_lost and len(refusing) < 2 and not is_stopping:
             assert self.has_killed, "a connection was lost although nobody was killed"
-            assert refusing or not any(cookie in process.locals for process in self.living()), (
-                f"connection {cookie} was lost although a living worker has it"
-            )
+            assert refusing, f"connection {cookie} was lost although it stood at a boundary"
 
     def receive(self, process: Process) -> None:
         packet = process.outbox.popleft()
@@ -351,21 +363,24 @@ class World:
 
     def bury(self, process: Process) -> None:
         process.is_buried = True
-        self.handle(events.Died(process.number, "was killed by SIGKILL"))
+        owned = [
+            entry for entry in self.machine.ledger.of(process.number) if process.has_slot(entry.cookie, entry.epoch)
+        ]
+        recovered = {entry.cookie: process.slot_of(entry.cookie) for entry in owned}
+        self.handle(events.Died(process.number, "was killed by SIGKILL", recovered))
 
     def kill(self, worker: int) -> None:
         process = self.processes[worker]
         process.is_alive = False
         process.inbox.clear()
         self.has_killed |= bool(process.locals)
-        halves = (Course.RUNNING, Course.ASKED, Course.HALTED)
-        self.may_be_lost.update(cookie for cookie, local in process.locals.items() if local.course in halves)
+        self.may_be_lost.update(cookie for cookie, local in process.locals.items() if not local.is_at_boundary)
 
-    def reload(self, move: str, workers: int) -> None:
+    def reload(self, move: str, workers: int, bake_s: float = 0.0) -> None:
         self.reloads += 1
         self.is_cut_asked = move == "together" and bool(self.machine.holdings.serving())
         number = self.machine.holdings.generation + self.reloads
-        self.handle(events.Reload(7, number, workers, move, 60.0))
+        self.handle(events.Reload(7, number, workers, move, 60.0, bake_s=bake_s))
         self.is_cut_asked = False
 
     def living(self) -> list[Process]:
@@ -416,7 +431,12 @@ class World:
             found += [("kill", process.number) for process in self.living() if process.is_started]
         found += [("deadline", name) for name in sorted(self.timers) if name == "change"]
         if self.reloads <= MOST_RELOADS and self.machine.phase is Phase.SERVING:
-            found += [("reload", move, workers) for move in ("together", "rolling") for workers in (1, 2)]
+            ways = itertools.product(("together", "rolling"), (1, 2), (0.0, 5.0))
+            found += [("reload", move, workers, bake_s) for move, workers, bake_s in ways]
+        if self.machine.change is not None:
+            found.append(("cancel",))
+        if self.machine.phase is Phase.BAKING:
+            found.append(("unhealthy",))
         if self.machine.phase not in (Phase.STOPPING, Phase.STOPPED) and not self.machine._stop_wanted:
             found.append(("stop",))
         for process in self.living():
@@ -459,8 +479,12 @@ class World:
             case ("deadline", str(name)):
                 self.timers.discard(name)
                 self.handle(events.TimerFired(name))
-            case ("reload", str(move), int(workers)):
-                self.reload(move, workers)
+            case ("reload", str(move), int(workers), float(bake_s)):
+                self.reload(move, workers, bake_s)
+            case ("cancel",):
+                self.handle(events.CancelAsked("cancelled"))
+            case ("unhealthy",):
+                self.handle(events.Checked("exited with 1"))
             case ("stop",):
                 self.handle(events.StopAsked(10.0))
             case ("cannot restore", int(number), int(cookie)):
@@ -493,6 +517,8 @@ class World:
                 self.do(due[0])
             elif leaving := self.closing():
                 self.do(leaving[0])
+            elif self.machine.phase is Phase.BAKING:
+                self.do(("deadline", "change"))
             else:
                 return
 
@@ -569,6 +595,8 @@ WEIGHTS = {
     "deadline": 0.5,
     "reload": 4,
     "stop": 0.04,
+    "cancel": 0.2,
+    "unhealthy": 0.3,
     "cannot restore": 0.15,
     "cannot export": 0.1,
 }
@@ -605,7 +633,7 @@ def results_of_walks(
 @pytest.mark.parametrize("workers", [1, 2])
 def test_without_mishaps_every_reload_ends_done_and_nothing_is_lost(workers: int) -> None:
     """Whatever crosses, a reload between healthy workers ends done and loses none."""
-    mishaps = ["kill", "deadline", "cannot restore", "cannot export", "stop"]
+    mishaps = ["kill", "deadline", "cannot restore", "cannot export", "stop", "cancel", "unhealthy"]
     results = results_of_walks(range(400), workers=workers, without=mishaps)
     assert {result.outcome for result in results} == {events.Outcome.DONE}
     assert sum(result.lost for result in results) == 0
@@ -678,6 +706,11 @@ class MoveMachine(RuleBasedStateMachine):
     @rule(pick=st.integers(0, 3))
     def worker_is_killed(self, pick: int) -> None:
         self.do_one(["kill"], pick)
+
+    @precondition(lambda self: self.world.machine.change is not None)
+    @rule(kind=st.sampled_from(["cancel", "unhealthy"]))
+    def operator_turns_back(self, kind: str) -> None:
+        self.do_one([kind], 0)
 
     @rule(pick=st.integers(0, 7))
     def record_is_spoiled(self, pick: int) -> None:

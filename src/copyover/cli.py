@@ -97,12 +97,38 @@ def _here() -> Path:
 )
 @click.option("--no-wait", is_flag=True, help="Ask for it and return.")
 @click.option("--move", type=click.Choice(["together", "rolling"]), help="How connections move, this time.")
-def reload(name: str | None, timeout_s: float | None, move: str | None, *, as_json: bool, no_wait: bool) -> None:
+@click.option("--bake", "bake_s", type=click.FloatRange(min=0), help="Keep the incumbent ready so many seconds more.")
+@click.option("--health", metavar="COMMAND", help="Run while baking, again and again; a failure rolls back.")
+@click.option("--one-way", is_flag=True, help="Go on though the incumbent cannot read the new states.")
+def reload(name: str | None, *, as_json: bool, no_wait: bool, one_way: bool, **wishes: Any) -> None:
     """Replace the interpreters; live connections go on."""
     name = name or directories.default_name()
-    request = {"do": "reload", "wait": not no_wait, **configs.wishes({"timeout_s": timeout_s, "move": move})}
+    request = {"do": "reload", "wait": not no_wait, "one_way": one_way, **configs.wishes(wishes)}
+    _follow(name, request, as_json=as_json)
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
+@click.option("--one-way", is_flag=True, help="Go on though the present release cannot read its states.")
+def rollback(name: str | None, *, as_json: bool, one_way: bool) -> None:
+    """Undo the reload under way; else go back to the release before, as a reload."""
+    _follow(name or directories.default_name(), {"do": "rollback", "one_way": one_way}, as_json=as_json)
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
+def cancel(name: str | None, *, as_json: bool) -> None:
+    """Undo the reload under way: everything returns to the incumbent."""
+    _follow(name or directories.default_name(), {"do": "cancel"}, as_json=as_json)
+
+
+def _follow(name: str, request: dict[str, Any], *, as_json: bool) -> None:
+    """Ask for a change, wait for its result, say it, and exit with its code."""
+    timeout_s = request.get("timeout_s")
     try:
-        patience_s = None if timeout_s is None else timeout_s + GRACE_S
+        patience_s = None if timeout_s is None else timeout_s + request.get("bake_s", 0.0) + GRACE_S
         with console.call(name, request, patience_s=patience_s) as answers:
             result = _await_result(answers)
     except (KeyboardInterrupt, TimeoutError):
@@ -142,6 +168,9 @@ def _explain_reload(result: dict[str, Any], name: str) -> None:
     outcome = result["outcome"]
     if outcome == "started":
         click.echo(f"copyover: the reload is asked for; see: copyover status {name}", err=True)
+        return
+    if outcome == "nothing":
+        click.echo(f"copyover: {result['error']}", err=True)
         return
     counts = result["connections"]
     if outcome == "done":

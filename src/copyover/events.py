@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from copyover import messages
 
@@ -43,6 +43,9 @@ class Reload:
     boundary_s: float = 5.0
     drain_s: float = 3600.0
     max_retiring: int = 2
+    bake_s: float = 0.0
+    needs_health: bool = False  # commit only after a health command has succeeded
+    is_one_way: bool = False  # states that the incumbent cannot read are no reason to refuse
     is_remembered: bool = False  # a SIGHUP while another change is under way is done after it, once
 
 
@@ -57,10 +60,30 @@ class FromWorker:
 
 @attrs.frozen
 class Died:
-    """The worker is reaped and its channel is read to the end."""
+    """
+    The worker is reaped and its channel is read to the end.
+
+    *recovered*: what its slots and the kernel's counters say of its connections: the record from which one resumes, or
+    None where nobody can go on. One that is missing left no trace: the record that it was given, if any, stands.
+    """
 
     worker: int
     how: str
+    recovered: Mapping[int, messages.Record | None] = attrs.field(factory=dict)
+
+
+@attrs.frozen
+class CancelAsked:
+    """Somebody wants the change under way undone; the answer is the Finished of that change."""
+
+    reason: str
+
+
+@attrs.frozen
+class Checked:
+    """The health command has ended; *problem* is None if it succeeded."""
+
+    problem: str | None
 
 
 @attrs.frozen
@@ -73,7 +96,7 @@ class StopAsked:
     drain_s: float
 
 
-Event = Reload | FromWorker | Died | TimerFired | StopAsked
+Event = Reload | CancelAsked | FromWorker | Died | Checked | TimerFired | StopAsked
 
 
 # ---- effects
@@ -110,6 +133,13 @@ class Reset:
     """Nobody can serve it: tell the client with a true RST, and close our copy."""
 
     descriptor: int
+
+
+@attrs.frozen
+class CheckHealth:
+    """Run the health command of the change again and again, or stop it."""
+
+    is_on: bool
 
 
 @attrs.frozen
@@ -158,4 +188,4 @@ class AskAgain:
     """A reload was asked for meanwhile: pin the release as it is now, and ask."""
 
 
-Effect = Send | Spawn | Kill | Close | Reset | SetTimer | Note | Finished | AskAgain
+Effect = Send | Spawn | Kill | Close | Reset | CheckHealth | SetTimer | Note | Finished | AskAgain

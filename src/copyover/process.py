@@ -7,6 +7,7 @@ that open. pidfd_open(2)
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import resource
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 
+SUCCEEDED = "exited with 0"
+
+_children: set[int] = set()  # started here and not reaped yet
+
+
 class Child:
     """A process that we started; ``fileno`` is its pidfd, readable once it is dead."""
 
@@ -27,6 +33,7 @@ class Child:
         self._popen = popen
         self.pid = popen.pid
         self._pidfd = os.pidfd_open(popen.pid)
+        _children.add(popen.pid)
 
     def fileno(self) -> int:
         return self._pidfd
@@ -38,10 +45,16 @@ class Child:
         except ProcessLookupError:
             return  # it is dead and waits to be reaped
 
+    def kill_group(self) -> None:
+        """SIGKILL it and what it started; it is not reaped, so the number is still its own."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
     def reap(self) -> str:
         """Take its exit status, waiting for it if need be, and say in words how it ended."""
         status = self._popen.wait()
         os.close(self._pidfd)
+        _children.discard(self.pid)
         if status >= 0:
             return f"exited with {status}"
         try:
@@ -90,14 +103,14 @@ def spawn(argv: Sequence[str], *, cwd: str, env: Mapping[str, str], inherit: Seq
             os.set_inheritable(descriptor, False)
 
 
-def reap_orphans(ours: set[int]) -> None:
-    """Reap adopted children (we may be PID 1); *ours* are left to whoever watches their pidfds."""
+def reap_orphans() -> None:
+    """Reap adopted children (we may be PID 1); those that were started here are left to who watches their pidfds."""
     while True:
         try:
             dead = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
             return
-        if dead is None or dead.si_pid in ours:
+        if dead is None or dead.si_pid in _children:
             return
         os.waitid(os.P_PID, dead.si_pid, os.WEXITED | os.WNOHANG)
 

@@ -154,9 +154,6 @@ class Crew:
             hand.child.reap()
         self.hands.clear()
 
-    def reap_orphans(self) -> None:
-        process.reap_orphans({hand.pid for hand in self.hands.values()})
-
     def _bury(self, hand: Hand) -> None:
         """Reap, read its channel to the end, and only then say that it is dead."""
         self._loop.unwatch(hand.child)
@@ -176,7 +173,7 @@ class Crew:
         hand.close()
         self._tell(events.Died(hand.worker, words))
         self._settle()
-        self.reap_orphans()
+        process.reap_orphans()
 
     # ---- what they wrote
 

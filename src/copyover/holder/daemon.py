@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any, assert_never
 import attrs
 
 from copyover import config as configs
-from copyover import events, reload
+from copyover import events, process, reload
 from copyover.change import Phase
 from copyover.errors import CopyoverError, IllegalEvent, UsageError
 from copyover.holder import control, report
 from copyover.holder.crew import Crew, Generation
 from copyover.holder.hand import environment, notify
+from copyover.holder.health import Health
 from copyover.holder.loop import Loop
 from copyover.release import pin
 from copyover.sockets import reset_and_close
@@ -61,10 +62,14 @@ class Daemon:
         self.machine = reload.Machine(capacity)
         self.loop = Loop(self._settle)
         self._events: collections.deque[events.Event] = collections.deque()
-        self.crew = Crew(self.loop, listeners, environment(uuid.uuid4().hex), self._events.append, self._settle)
+        self._environment = environment(uuid.uuid4().hex)
+        self.crew = Crew(self.loop, listeners, self._environment, self._events.append, self._settle)
+        self._health = Health(self.loop, self._events.append)
         self._newest = 0
+        self.previous: Generation | None = None  # what served before, for a roll-back by hand
         self.desk = control.Desk(directory, self.loop.watch, self.loop.unwatch)
         self.waiting: set[int] = set()  # the callers that follow a change
+        self.cancelling: set[int] = set()  # those that want it undone
         self._last_progress_s = 0.0
         self.last_reload: dict[str, Any] | None = None
         self.started_s = time.monotonic()
@@ -104,7 +109,7 @@ class Daemon:
         elif number in (signal.SIGTERM, signal.SIGINT):
             self.stop()
         elif number == signal.SIGCHLD:
-            self.crew.reap_orphans()
+            process.reap_orphans()
 
     def stop(self) -> None:
         self._is_asked_to_stop = True
@@ -136,7 +141,7 @@ class Daemon:
                 os.close(descriptor)
             self.crew.break_with(event.worker)
 
-    def _perform(self, effect: events.Effect) -> None:  # noqa: C901  # one case an effect
+    def _perform(self, effect: events.Effect) -> None:  # noqa: C901, PLR0912  # one case an effect
         match effect:
             case events.Send(worker, message, descriptors):
                 self.crew.send(worker, message, descriptors)
@@ -157,6 +162,8 @@ class Daemon:
                 log.info("event=%s %s", name, " ".join(f"{key}={_value(value)}" for key, value in told.items()))
             case events.Finished(asker, result):
                 self._finished(asker, result)
+            case events.CheckHealth(is_on):
+                self._check_health(is_on=is_on)
             case events.AskAgain():
                 self.ask_reload(events.BY_SIGNAL)
             case events.SetTimer():
@@ -166,13 +173,20 @@ class Daemon:
 
     # ---- reloads
 
-    def ask_reload(self, asker: int, wishes: Mapping[str, Any] | None = None) -> None:
-        """Pin the release as it is now, and ask the machine."""
+    def ask_reload(
+        self,
+        asker: int,
+        wishes: Mapping[str, Any] | None = None,
+        *,
+        is_one_way: bool = False,
+        pinned: Generation | None = None,
+    ) -> None:
+        """Pin the release as it is now, unless one is *pinned*, and ask the machine."""
         config, generation = self.config, self._newest + 1
         if self.machine.phase is Phase.SERVING:  # else the machine says that it is busy
             try:
-                config = self._read_settings(wishes or {})
-                release = pin(config)
+                config = attrs.evolve(pinned.config if pinned else self._read_settings(), **(wishes or {}))
+                release = pinned.release if pinned else pin(config)
             except CopyoverError as problem:
                 self._refuse_reload(asker, problem)
                 return
@@ -189,16 +203,34 @@ class Daemon:
                 boundary_s=config.boundary_s,
                 drain_s=config.drain_timeout_s,
                 max_retiring=config.max_retiring,
+                bake_s=config.bake_s,
+                needs_health=config.health is not None,
+                is_one_way=is_one_way,
                 is_remembered=asker == events.BY_SIGNAL,
             )
         )
 
-    def _read_settings(self, wishes: Mapping[str, Any]) -> Config:
+    def cancel(self, reason: str) -> None:
+        """Undo the change under way."""
+        self._events.append(events.CancelAsked(reason))
+
+    def _check_health(self, *, is_on: bool) -> None:
+        self._health.stop()
+        if is_on and self.machine.change is not None:
+            number = self.machine.change.asked.generation
+            generation = self.crew.generations[number]
+            told = {"COPYOVER_NAME": self.config.name, "COPYOVER_GENERATION": str(number)}
+            if generation.config.health is not None:
+                self._health.start(
+                    generation.config.health, cwd=generation.release.directory, environment=self._environment | told
+                )
+
+    def _read_settings(self) -> Config:
         config = self._settings()
         fixed = configs.unreloadable(self.config, config)
         if fixed:
             raise UsageError(f"{', '.join(fixed)} cannot be changed by a reload: stop the holder and run it anew")
-        return attrs.evolve(config, **wishes)
+        return config
 
     def _refuse_reload(self, asker: int, problem: CopyoverError) -> None:
         serving = self.machine.holdings.generation
@@ -216,6 +248,7 @@ class Daemon:
         if result.outcome is not events.Outcome.BUSY:
             self.last_reload = answer
         if result.outcome is events.Outcome.DONE:
+            self.previous = self.crew.generations.get(result.from_generation)
             self.config = self.crew.generations[result.to_generation].config
             self.crew.forget_generations(self._newest)
         if asker == events.BY_BOOT:
@@ -227,6 +260,10 @@ class Daemon:
         else:
             self.waiting.discard(asker)
             self.desk.reply(asker, {"result": answer}, is_last=True)
+        if result.outcome is not events.Outcome.BUSY:
+            for caller in self.cancelling:
+                self.desk.reply(caller, {"result": answer | {"exit_code": report.cancel_code(result)}}, is_last=True)
+            self.cancelling.clear()
 
     def _booted(self, result: events.Result, answer: dict[str, Any]) -> None:
         if result.outcome is events.Outcome.DONE:

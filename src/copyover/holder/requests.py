@@ -32,6 +32,8 @@ class Requests:
             "reload": self._reload,
             "status": lambda caller, _: self._tell(caller, self._status()),
             "connections": lambda caller, _: self._tell(caller, self._connections()),
+            "cancel": self._cancel,
+            "rollback": self._roll_back,
             "stop": self._stop,
         }
 
@@ -51,17 +53,49 @@ class Requests:
 
     def _reload(self, caller: int, request: dict[str, Any]) -> None:
         daemon = self._daemon
-        try:
-            wishes = configs.wishes({key: request.get(key) for key in ("timeout_s", "move")})
-        except UsageError as problem:
-            self._refuse(caller, str(problem))
+        wishes = self._wishes(caller, request)
+        if wishes is None:
             return
+        is_one_way = request.get("one_way") is True
         if request.get("wait", True) or daemon.machine.phase is not Phase.SERVING:  # then it is told that it is busy
             daemon.waiting.add(caller)
-            daemon.ask_reload(caller, wishes)
+            daemon.ask_reload(caller, wishes, is_one_way=is_one_way)
             return
-        daemon.ask_reload(events.BY_SIGNAL, wishes)
+        daemon.ask_reload(events.BY_SIGNAL, wishes, is_one_way=is_one_way)
         self._tell(caller, {"outcome": "started", "exit_code": 0})
+
+    def _wishes(self, caller: int, request: dict[str, Any]) -> dict[str, Any] | None:
+        """Return what this one reload is to do otherwise; None when the caller was told why it cannot."""
+        try:
+            return configs.wishes({key: request.get(key) for key in ("timeout_s", "move", "bake_s", "health")})
+        except UsageError as problem:
+            self._refuse(caller, str(problem))
+            return None
+
+    def _cancel(self, caller: int, _: dict[str, Any]) -> None:
+        """Undo the change under way; its result is the answer."""
+        daemon = self._daemon
+        if daemon.machine.change is None:
+            serving = f"no change is under way; generation {daemon.machine.holdings.generation} serves"
+            self._tell(caller, {"outcome": "nothing", "exit_code": 3, "error": serving})
+            return
+        daemon.cancelling.add(caller)
+        daemon.cancel("cancelled by an operator")
+
+    def _roll_back(self, caller: int, request: dict[str, Any]) -> None:
+        """Undo the change under way; else go back to the release before, as a reload."""
+        daemon = self._daemon
+        if daemon.machine.change is not None:
+            self._cancel(caller, request)
+            return
+        if daemon.previous is None:
+            serving = f"there is no release before generation {daemon.machine.holdings.generation}, which serves"
+            self._tell(caller, {"outcome": "nothing", "exit_code": 3, "error": serving})
+            return
+        wishes = self._wishes(caller, request)
+        if wishes is not None:
+            daemon.waiting.add(caller)
+            daemon.ask_reload(caller, wishes, is_one_way=request.get("one_way") is True, pinned=daemon.previous)
 
     def _stop(self, caller: int, _: dict[str, Any]) -> None:
         self._tell(caller, {"pid": os.getpid()})
