@@ -29,6 +29,7 @@ PURE = {
     "move",
     "change",
     "parking",
+    "reunion",
     "reload",
     "worker.agent",
     "worker.effects",
@@ -48,7 +49,8 @@ ROOMS: dict[str, set[str]] = {
     "move": {"events", "holdings", "ledger", "messages"},
     "change": {"events", "move"},
     "parking": {"events", "holdings", "ledger", "messages"},
-    "reload": {"change", "errors", "events", "holdings", "ledger", "messages", "move", "parking"},
+    "reunion": {"events", "holdings", "ledger", "messages"},
+    "reload": {"change", "errors", "events", "holdings", "ledger", "messages", "move", "parking", "reunion"},
     # ---- the holder
     "process": {"errors"},
     "listeners": {"errors"},
@@ -83,16 +85,17 @@ ROOMS: dict[str, set[str]] = {
     "worker.application": {"errors", "worker.connection"},
     "worker.cut": {"worker.boundary", "worker.connection", "worker.transport"},
     "worker.accepting": set(),
+    "worker.seeking": {"channel", "errors", "messages"},
     "worker.effects": {"messages"},
     "worker.agent": {"errors", "messages", "worker.effects"},
     "worker.runtime": {
         *("channel", "errors", "messages", "sockets"),
         *("worker.accepting", "worker.agent", "worker.application", "worker.boundary"),
-        *("worker.connection", "worker.cut", "worker.effects", "worker.transport"),
+        *("worker.connection", "worker.cut", "worker.effects", "worker.seeking", "worker.transport"),
     },
     "worker.__main__": {
         *("", "channel", "errors", "messages", "wire"),
-        *("worker.application", "worker.connection", "worker.runtime"),
+        *("worker.application", "worker.connection", "worker.runtime", "worker.seeking"),
     },
     # ---- the operator's side, and the user's tests
     "console": {"directory", "errors"},

@@ -206,7 +206,7 @@ def every_message(worker: int) -> list[messages.Message]:
         messages.Frozen(batch=1),
         messages.Welcome(wire=1, generation=1, names=[], application="", app_dir="", options={}),
         *(messages.Staged(total=total) for total in (0, 2, 99)),
-        messages.AcceptOn(),
+        messages.AcceptOn(moving=False),
         messages.MoveOver(),
     ]
     found.append(messages.Forward(cookie=(10, 77), act=(0, 0), pushed=(b"a", b"b")))
@@ -292,7 +292,10 @@ def test_the_first_generation_serves_once_all_its_workers_are_ready() -> None:
     assert not [effect for effect in machine.handle(FromWorker(1, READY), 1.0) if isinstance(effect, events.Send)]
     last = machine.handle(FromWorker(2, READY), 2.0)
     accepting = [
-        effect.worker for effect in last if isinstance(effect, events.Send) if effect.message == messages.AcceptOn()
+        effect.worker
+        for effect in last
+        if isinstance(effect, events.Send)
+        if effect.message == messages.AcceptOn(moving=False)
     ]
     assert set(accepting) == {1, 2}
     (finished,) = [effect for effect in last if isinstance(effect, events.Finished)]
@@ -345,7 +348,7 @@ def test_a_together_reload_narrated() -> None:
     assert (thaw.epoch, thaw.state) == ((1, 1), (b"10 by 1", b"11 by 1"))
     assert thaw.flags == (RecordFlag.CUT, RecordFlag.CUT)
     story.gathered(1, b"shared")
-    assert story.sent(2) == [messages.Enter(cut=True, shared=(b"shared",)), messages.AcceptOn()]
+    assert story.sent(2) == [messages.Enter(cut=True, shared=(b"shared",)), messages.AcceptOn(moving=True)]
     story.adopted(2, 10)
     story.expects(Phase.MOVING)
     story.adopted(2, 11)
@@ -528,7 +531,7 @@ def test_rolling_moves_in_batches() -> None:
     story.reload(move="rolling")
     story.says(2, READY)
     story.staged(2)
-    assert story.sent(2) == [messages.AcceptOn()]
+    assert story.sent(2) == [messages.AcceptOn(moving=True)]
     story.off(1)
     first, second = (message for message in story.sent(1) if isinstance(message, messages.Freeze))
     assert (len(first.cookie), len(second.cookie)) == (ROLLING_BATCH, ROLLING_BATCH)
@@ -574,7 +577,7 @@ def assert_refused(story: Story, *, status: int = 3) -> events.Result:
     assert (story.result.outcome, story.result.status) == (Outcome.REFUSED, status)
     assert story.result.serving_generation == 1
     assert story.result.lost == story.result.moved == 0
-    assert set(story.sent(1)) <= {messages.AcceptOn()}, "the incumbent must not notice"
+    assert set(story.sent(1)) <= {messages.AcceptOn(moving=False)}, "the incumbent must not notice"
     assert all(entry.passage is None for entry in story.machine.ledger.entries.values())
     return story.result
 
@@ -757,7 +760,7 @@ def test_roll_back_narrated() -> None:
     story.adopted(replacement, 10)
     story.handle(TimerFired("change"))
     story.expects(Phase.ROLLING_BACK)
-    assert story.sent(1) == [messages.AcceptOn()]
+    assert story.sent(1) == [messages.AcceptOn(moving=False)]
     assert kinds(story.sent(replacement)) == ["AcceptOff", "Freeze"]
     assert story.sent_one(replacement, messages.Freeze).cookie == (10, 11)
     assert events.SetTimer("change", 10.0) in story.effects
@@ -895,7 +898,7 @@ def test_an_incumbent_that_dies_in_the_roll_back_turns_it_forward() -> None:
     story.dies(1)
     story.expects(Phase.MOVING)
     assert story.sent_one(replacement, messages.Thaw).cookie == (10,)
-    assert messages.AcceptOn() in story.sent(replacement)
+    assert messages.AcceptOn(moving=True) in story.sent(replacement)
     story.adopted(replacement, 10, epoch=3)
     story.adopted(replacement, 11)
     story.frozen(replacement, 11, epoch=1)
@@ -1156,7 +1159,7 @@ def test_a_worker_that_stays_is_forgiven() -> None:
     assert story.of(events.Spawn)[0].after_s > 0
     worker = story.of(events.Spawn)[0].worker
     story.says(worker, READY)
-    assert story.sent(worker) == [messages.AcceptOn()]
+    assert story.sent(worker) == [messages.AcceptOn(moving=False)]
     story.handle(TimerFired("healthy"))
     story.dies(worker)
     assert story.of(events.Spawn)[0].after_s == 0.0
@@ -1266,7 +1269,7 @@ def test_a_full_holder_lets_clients_wait_in_the_backlog() -> None:
     story.release(1, 12)
     assert story.sent(1) == []
     story.release(1, 11)
-    assert story.sent(1) == [messages.AcceptOn()]
+    assert story.sent(1) == [messages.AcceptOn(moving=False)]
 
 
 @pytest.mark.parametrize("outcome", [Outcome.DONE, Outcome.REFUSED, Outcome.ROLLED_BACK])
@@ -1278,10 +1281,10 @@ def test_room_that_comes_during_a_change_is_used_after_it(outcome: Outcome) -> N
     if outcome is Outcome.REFUSED:
         story.release(1, 11)
         story.handle(TimerFired("change"))
-        assert messages.AcceptOn() in story.sent(1)
+        assert messages.AcceptOn(moving=False) in story.sent(1)
         return
     story.staged(replacement)
-    assert messages.AcceptOn() not in story.sent(replacement)
+    assert messages.AcceptOn(moving=True) not in story.sent(replacement)
     story.off(1)
     story.release(1, 11)
     if outcome is Outcome.ROLLED_BACK:
@@ -1290,12 +1293,12 @@ def test_room_that_comes_during_a_change_is_used_after_it(outcome: Outcome) -> N
         story.off(replacement)
         story.frozen(1, 10)
         story.adopted(1, 10)
-        assert messages.AcceptOn() in seen + story.sent(1)
+        assert messages.AcceptOn(moving=False) in seen + story.sent(1)
         return
     story.frozen(1, 10)
     story.adopted(replacement, 10)
     assert story.result.outcome is Outcome.DONE
-    assert messages.AcceptOn() in story.sent(replacement)
+    assert messages.AcceptOn(moving=False) in story.sent(replacement)
 
 
 def test_the_ack_of_an_earlier_accept_off_does_not_count_for_the_move() -> None:

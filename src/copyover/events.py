@@ -73,6 +73,48 @@ class Died:
 
 
 @attrs.frozen
+class Row:
+    """
+    One connection as a worker reports it to a new holder; *descriptor* is its copy, ours now.
+
+    *is_current*: nobody has used the connection since the record was taken, as far as the kernel can tell.
+    """
+
+    cookie: int
+    epoch: int
+    listener: int
+    doing: messages.Doing
+    record: messages.Record
+    is_current: bool
+    descriptor: int
+
+
+@attrs.frozen
+class Report:
+    """All that one worker has, reported to a new holder."""
+
+    worker: int
+    generation: int
+    abilities: messages.Ready
+    is_committed: bool
+    is_leaving: bool
+    rows: Sequence[Row]
+    tombstones: Sequence[int]
+
+
+@attrs.frozen
+class Reunited:
+    """
+    All workers of a holder that died have reported, or are dead.
+
+    *asked* is how a roll-back of what was under way is to be done, and how many workers are to serve.
+    """
+
+    asked: Reload
+    reports: Sequence[Report]
+
+
+@attrs.frozen
 class CancelAsked:
     """Somebody wants the change under way undone; the answer is the Finished of that change."""
 
@@ -96,7 +138,7 @@ class StopAsked:
     drain_s: float
 
 
-Event = Reload | CancelAsked | FromWorker | Died | Checked | TimerFired | StopAsked
+Event = Reload | Reunited | CancelAsked | FromWorker | Died | Checked | TimerFired | StopAsked
 
 
 # ---- effects

@@ -94,6 +94,11 @@ class Holdings:
     def set_timer(self, name: str, after_s: float | None) -> None:
         self.effects.append(events.SetTimer(name, after_s))
 
+    def number_on(self, worker: int, batch: int) -> None:
+        """Go on numbering from here: what a dead holder named must not be named again."""
+        self._next_worker = itertools.count(worker)
+        self.batches = itertools.count(batch)
+
     def spawn(self, generation: int, after_s: float = 0.0) -> int:
         worker = next(self._next_worker)
         self.workers[worker] = Worker(worker, generation)
@@ -120,10 +125,10 @@ class Holdings:
         """Return the workers of the serving generation that are ready."""
         return [w for w in self.workers.values() if w.generation == self.generation and w.strength is Strength.READY]
 
-    def admit(self, worker: int) -> None:
+    def admit(self, worker: int, *, is_moving: bool = False) -> None:
         """Let it accept, unless we could not keep what it accepts: then clients wait in the backlog."""
         if not self.is_full:
-            self.send(worker, messages.AcceptOn())
+            self.send(worker, messages.AcceptOn(moving=is_moving))
 
     def accept_off(self, worker: Worker, *, is_moving: bool) -> None:
         worker.unacked_offs += 1

@@ -68,6 +68,12 @@ class Move:
         entries = self._ledger.entries.values()
         self.stage([entry for entry in entries if entry.owner in owners or entry.standing is Standing.PARKED])
 
+    def resume(self) -> None:
+        """Go on with the move of a holder that died: everything is built, frozen or thawed where it is."""
+        self._ledger.begin()
+        for worker in self.living_incumbents() + self.living_replacements():
+            worker.begin_move()
+
     def stage(self, entries: Iterable[Entry]) -> None:
         per_target: dict[int, list[Entry]] = {}
         staged: collections.Counter[int] = collections.Counter()
@@ -102,7 +108,7 @@ class Move:
             self._holdings.accept_off(incumbent, is_moving=True)
         if not self.is_together:
             for replacement in self.living_replacements():
-                self._holdings.admit(replacement.id)
+                self._holdings.admit(replacement.id, is_moving=True)
         self.place_all()  # those whose worker was killed before
 
     def accept_off_acked(self, worker: Worker) -> None:
@@ -230,7 +236,7 @@ class Move:
             replacement.has_entered = True
             shared = tuple(itertools.chain.from_iterable(source.shared for source in sources))
             self._holdings.send(replacement.id, messages.Enter(cut=True, shared=shared))
-            self._holdings.admit(replacement.id)
+            self._holdings.admit(replacement.id, is_moving=True)
 
     # ---- placing
 
@@ -349,10 +355,11 @@ class Move:
         present = [self._holdings.workers[worker] for worker in self.replacements if worker in self._holdings.workers]
         return not self.open and all(worker.is_off and self._holdings.is_alive(worker.id) for worker in present)
 
-    def stalled_incumbents(self) -> list[Worker]:
-        """Return those that owe an answer for a connection."""
+    def stalled(self) -> list[Worker]:
+        """Return those that owe an answer, the replacement's before the incumbent's."""
         owing = {self._ledger.entries[cookie].owner for cookie in self.open if cookie in self._ledger.entries}
-        return [worker for worker in self.living_incumbents() if worker.id in owing]
+        replacements = [w for w in self.living_replacements() if w.id in owing or not w.is_off]
+        return replacements or [worker for worker in self.living_incumbents() if worker.id in owing]
 
     def turn_forward(self) -> None:
         """Rolling back, the incumbent died: who lives serves."""
@@ -362,4 +369,4 @@ class Move:
         for replacement in self.living_replacements():
             replacement.has_entered = True
             self._holdings.send(replacement.id, messages.Enter(cut=True))
-            self._holdings.admit(replacement.id)
+            self._holdings.admit(replacement.id, is_moving=True)

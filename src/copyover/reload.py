@@ -10,7 +10,9 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from copyover import messages
+import attrs
+
+from copyover import messages, reunion
 from copyover.change import Change, Phase
 from copyover.errors import IllegalEvent, StartupFailed
 from copyover.events import (
@@ -26,6 +28,7 @@ from copyover.events import (
     Outcome,
     Reload,
     Result,
+    Reunited,
     StopAsked,
     TimerFired,
 )
@@ -101,6 +104,57 @@ class Machine:
         spent_ms = change.leave_phase(self.phase, self._now_s)
         self.phase = phase
         self.holdings.note("phase", phase=phase.value, change=change.asked.generation, previous_ms=spent_ms)
+
+    # ---- after another holder
+
+    def _reunite(self, event: Reunited) -> None:
+        """Take over what the workers of a dead holder have; a change that it was at is rolled back."""
+        holdings, asked = self.holdings, event.asked
+        if holdings.workers:
+            raise IllegalEvent("there are workers already; who comes late has nothing to say")
+        reunion.take(holdings, event.reports)
+        finding = reunion.find(event.reports)
+        # Timers of the dead holder's freezes still run in the workers: batches are numbered beyond all of its.
+        holdings.number_on(max(holdings.workers) + 1, batch=int(self._now_s * 1000) + 1)
+        holdings.generation, holdings.wanted = finding.serving, asked.workers
+        holdings.note("reunited", generation=finding.serving, workers=len(event.reports), connections=len(self.ledger))
+        if finding.unfinished:
+            self._roll_back_unfinished(attrs.evolve(asked, generation=finding.unfinished), finding)
+        else:
+            self._settle_reunion(asked)
+
+    def _settle_reunion(self, asked: Reload) -> None:
+        holdings = self.holdings
+        self.parking.given.update(reunion.let_enter(holdings, holdings.workers))
+        for worker in list(holdings.workers.values()):
+            if worker.generation == holdings.generation and worker.strength is Strength.READY:
+                holdings.send(worker.id, messages.MoveOver())
+                holdings.admit(worker.id)
+            else:
+                holdings.retire(worker, asked.drain_s)
+        self._note_kept()
+        self.ledger.settle()
+        self.parking.place()
+        holdings.restore_strength()
+
+    def _note_kept(self) -> None:
+        for entry in self.ledger.entries.values():
+            if self.holdings.is_retiring(entry.cookie):
+                self.holdings.kept.setdefault(entry.cookie, "it stayed in its generation before this holder came")
+
+    def _roll_back_unfinished(self, asked: Reload, finding: reunion.Finding) -> None:
+        workers = self.holdings.workers.values()
+        incumbents, replacements = (
+            [worker.id for worker in workers if worker.generation == generation and worker.strength is Strength.READY]
+            for generation in (finding.serving, finding.unfinished)
+        )
+        move = Move(self.holdings, asked, incumbents, replacements)
+        self.change = Change(asked, finding.serving, self._now_s, move)
+        move.resume()
+        move.open.update(reunion.let_enter(self.holdings, incumbents))
+        self.phase = Phase.MOVING
+        self._note_kept()
+        self._roll_back("the holder died in the middle of the change")
 
     # ---- booting
 
@@ -378,15 +432,14 @@ class Machine:
             move.turn_forward()
             self._check_complete()
             return
-        if any(worker in self.holdings.workers for worker in move.replacements):
+        if any(worker in self.holdings.workers for worker in move.incumbents + move.replacements):
             return  # killed, not yet read to the end
         self._enter(Phase.SERVING)  # what is parked waits for a fresh worker
         self._finish(Outcome.ROLLED_BACK)
 
     def _roll_back_too_slow(self, _: Event) -> None:
         """Who is past the deadline is killed, and only then what it has is decided: the replacement first."""
-        stalled = self._move.living_replacements() or self._move.stalled_incumbents()
-        for worker in stalled:
+        for worker in self._move.stalled():
             self.holdings.note("stalled", worker=worker.id, generation=worker.generation)
             self.holdings.kill(worker.id)
         self.holdings.set_timer("change", ROLL_BACK_S)
@@ -457,7 +510,7 @@ class Machine:
         self.holdings.release(event, self._ended_in_change)
         if self.holdings.regain_room() and self.phase is Phase.BAKING:  # else who serves is admitted at the end
             for worker in self._move.living_replacements():
-                self.holdings.admit(worker.id)
+                self.holdings.admit(worker.id, is_moving=True)
         self._check()
 
     def _ended_in_change(self, cookie: int) -> None:
@@ -618,6 +671,7 @@ class Machine:
         **dict.fromkeys(itertools.product(Phase, [CancelAsked, Checked]), _void),  # of a change that has ended
         # -------------------------------- serving
         (Phase.SERVING, Reload): _reload,
+        (Phase.SERVING, Reunited): _reunite,
         (Phase.SERVING, StopAsked): _stop,
         (Phase.SERVING, messages.Ready): _ready_again,
         (Phase.SERVING, messages.Failed): _failed_alone,
