@@ -75,7 +75,7 @@ class Holdings:
         self.failures = 0
         self.effects: list[events.Effect] = []
         self.batches = itertools.count(1)  # never twice the same: an answer names the freeze that it is to
-        self._next_worker = itertools.count(1)
+        self.worker_numbers = itertools.count(1)
 
     # ---- effects
 
@@ -95,7 +95,7 @@ class Holdings:
         self.effects.append(events.SetTimer(name, after_s))
 
     def spawn(self, generation: int, after_s: float = 0.0) -> int:
-        worker = next(self._next_worker)
+        worker = next(self.worker_numbers)
         self.workers[worker] = Worker(worker, generation)
         self.effects.append(events.Spawn(worker, generation, after_s))
         return worker
