@@ -31,6 +31,7 @@ PURE = {
     "parking",
     "reunion",
     "reload",
+    "succession",
     "worker.agent",
     "worker.effects",
 }
@@ -51,6 +52,10 @@ ROOMS: dict[str, set[str]] = {
     "parking": {"events", "holdings", "ledger", "messages"},
     "reunion": {"events", "holdings", "ledger", "messages"},
     "reload": {"change", "errors", "events", "holdings", "ledger", "messages", "move", "parking", "reunion"},
+    # ---- from one holder to the next
+    "succession": {
+        *("change", "config", "errors", "holdings", "ledger", "messages", "release", "reload", "wire"),
+    },
     # ---- the holder
     "process": {"errors"},
     "listeners": {"errors"},
@@ -59,22 +64,31 @@ ROOMS: dict[str, set[str]] = {
     "release": {"config", "errors"},
     "holder": set(),
     "holder.loop": set(),
-    "holder.hand": {"", "channel", "errors", "listeners", "messages", "process", "release", "sockets", "wire"},
+    "holder.hand": {
+        *("", "channel", "errors", "listeners", "messages", "process", "release", "sockets", "succession", "wire"),
+    },
     "holder.crew": {
-        *("channel", "config", "errors", "events", "listeners", "messages", "process", "release"),
+        *("channel", "config", "errors", "events", "listeners", "messages", "process", "release", "succession"),
         *("holder.hand", "holder.loop"),
     },
     "holder.health": {"errors", "events", "holder.loop", "process"},
-    "holder.control": {"directory", "errors"},
+    "holder.control": {"directory", "errors", "succession"},
     "holder.report": {"change", "events", "holder.hand", "holdings", "ledger", "reload"},
     "holder.daemon": {
         *("change", "config", "directory", "errors", "events", "listeners", "process", "reload", "release"),
         *("sockets", "holder.control", "holder.crew", "holder.hand", "holder.health", "holder.loop", "holder.report"),
     },
-    "holder.requests": {"change", "config", "errors", "events", "holder.daemon", "holder.report", "sockets"},
+    "holder.upgrade": {
+        *("", "change", "channel", "errors", "listeners", "process", "succession"),
+        *("holder.crew", "holder.daemon", "holder.hand", "holder.report"),
+    },
+    "holder.requests": {
+        *("", "change", "config", "errors", "events", "sockets"),
+        *("holder.daemon", "holder.report", "holder.upgrade"),
+    },
     "holder.__main__": {
-        *("config", "directory", "errors", "listeners", "process"),
-        *("holder.daemon", "holder.requests"),
+        *("config", "directory", "errors", "events", "listeners", "process", "reload"),
+        *("holder.control", "holder.daemon", "holder.requests", "holder.upgrade"),
     },
     # ---- the worker
     "": {"errors", "worker.application", "worker.connection"},  # for type checkers; loaded at first use
@@ -168,7 +182,7 @@ def test_who_loads_what(library: str) -> None:
     allowed = {
         "click": {"cli"},
         "rich": {"console"},
-        "cattrs": {"config"},
+        "cattrs": {"config", "succession"},
         "pyroute2": set[str](),
         "uvloop": {"worker.__main__"},
         "asyncio": {room for room in FILES if room.startswith("worker")} | {"swarm", "verifying"},

@@ -194,6 +194,30 @@ def _explain_reload(result: dict[str, Any], name: str) -> None:
 
 @main.command()
 @click.argument("name", required=False)
+@click.option("--python", help="The interpreter that has the new copyover; default the one that the holder runs.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
+def upgrade(name: str | None, python: str | None, *, as_json: bool) -> None:
+    """Replace the holder's own program; its pid, its workers and all connections stay."""
+    if python is not None and "/" in python:
+        python = str(_here() / python)
+    result = _ask(name, {"do": "upgrade", "python": python}, patience_s=2 * GRACE_S)  # it has two deadlines of its own
+    if as_json:
+        click.echo(json.dumps(result))
+    if result["outcome"] == "done":
+        before, now = result["from"], result["to"]
+        click.echo(
+            f"the holder (pid {result['pid']}) is copyover {now['copyover']} on Python {now['python']} now, and was "
+            f"{before['copyover']} on {before['python']}: {result['connections']} connections and {result['workers']} "
+            f"workers stay; it was away {result['away_ms']:.0f} ms",
+            err=True,
+        )
+    else:
+        click.echo(f"copyover: {result['outcome']}: {result['error']}", err=True)
+    sys.exit(result["exit_code"])
+
+
+@main.command()
+@click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 def status(name: str | None, *, as_json: bool) -> None:
     """Show who serves; exit 0 only while a generation does."""
@@ -231,10 +255,10 @@ def stop(name: str | None, *, as_json: bool) -> None:
         click.echo(f"holder {name} (pid {found['pid']}) has stopped", err=True)
 
 
-def _ask(name: str | None, request: dict[str, Any]) -> dict[str, Any]:
+def _ask(name: str | None, request: dict[str, Any], *, patience_s: float = GRACE_S) -> dict[str, Any]:
     name = name or directories.default_name()
     try:
-        with console.call(name, request, patience_s=GRACE_S) as answers:
+        with console.call(name, request, patience_s=patience_s) as answers:
             for answer in answers:
                 return _result_of(answer)
     except TimeoutError:

@@ -75,7 +75,7 @@ class Holdings:
         self.failures = 0
         self.effects: list[events.Effect] = []
         self.batches = itertools.count(1)  # never twice the same: an answer names the freeze that it is to
-        self._next_worker = itertools.count(1)
+        self.worker_numbers = itertools.count(1)
 
     # ---- effects
 
@@ -96,11 +96,11 @@ class Holdings:
 
     def number_on(self, worker: int, batch: int) -> None:
         """Go on numbering from here: what a dead holder named must not be named again."""
-        self._next_worker = itertools.count(worker)
+        self.worker_numbers = itertools.count(worker)
         self.batches = itertools.count(batch)
 
     def spawn(self, generation: int, after_s: float = 0.0) -> int:
-        worker = next(self._next_worker)
+        worker = next(self.worker_numbers)
         self.workers[worker] = Worker(worker, generation)
         self.effects.append(events.Spawn(worker, generation, after_s))
         return worker

@@ -27,13 +27,16 @@ _children: set[int] = set()  # started here and not reaped yet
 
 
 class Child:
-    """A process that we started; ``fileno`` is its pidfd, readable once it is dead."""
+    """
+    A child of this process, known by its pid and the pidfd that this owns; ``fileno`` is readable once it is dead.
 
-    def __init__(self, popen: subprocess.Popen[bytes]) -> None:
-        self._popen = popen
-        self.pid = popen.pid
-        self._pidfd = os.pidfd_open(popen.pid)
-        _children.add(popen.pid)
+    Who started it does not matter: children stay those of a process over its execve.
+    """
+
+    def __init__(self, pid: int, pidfd: int) -> None:
+        self.pid = pid
+        self._pidfd = pidfd
+        _children.add(pid)
 
     def fileno(self) -> int:
         return self._pidfd
@@ -52,20 +55,32 @@ class Child:
 
     def reap(self) -> str:
         """Take its exit status, waiting for it if need be, and say in words how it ended."""
-        status = self._popen.wait()
+        ended = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
         os.close(self._pidfd)
         _children.discard(self.pid)
-        if status >= 0:
-            return f"exited with {status}"
+        if ended is None:
+            raise AssertionError("waitid returns without a result under WNOHANG only")
+        if ended.si_code == os.CLD_EXITED:
+            return f"exited with {ended.si_status}"
         try:
-            return f"was killed by {signal.Signals(-status).name}"
+            return f"was killed by {signal.Signals(ended.si_status).name}"
         except ValueError:
-            return f"was killed by signal {-status}"
+            return f"was killed by signal {ended.si_status}"
 
 
-def spawn(argv: Sequence[str], *, cwd: str, env: Mapping[str, str], inherit: Sequence[int], stderr: int) -> Child:
+def spawn(
+    argv: Sequence[str],
+    *,
+    cwd: str,
+    env: Mapping[str, str],
+    inherit: Sequence[int],
+    stderr: int,
+    stdout: int | None = None,
+) -> Child:
     """
     Start *argv* as a child in a process group of its own, with the descriptors *inherit* open under their numbers.
+
+    Without *stdout* it has ours.
 
     All other descriptors of ours are close-on-exec, so that the child need not walk over thousands of them.
 
@@ -77,17 +92,18 @@ def spawn(argv: Sequence[str], *, cwd: str, env: Mapping[str, str], inherit: Seq
     for descriptor in inherit:
         os.set_inheritable(descriptor, True)
     try:
-        return Child(
-            subprocess.Popen(
-                argv,
-                cwd=cwd,
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stderr=stderr,
-                close_fds=False,
-                process_group=0,  # a terminal's Ctrl-C reaches the holder alone
-            )
+        popen = subprocess.Popen(
+            argv,
+            cwd=cwd,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            close_fds=False,
+            process_group=0,  # a terminal's Ctrl-C reaches the holder alone
         )
+        popen.returncode = 0  # so that Popen reaps nothing: a Child does, by the pidfd
+        return Child(popen.pid, os.pidfd_open(popen.pid))
     except FileNotFoundError as missing:
         if not os.path.isdir(cwd):  # noqa: PTH112  # a borrowed string
             raise PythonNotFound(f"the release's directory {cwd} is gone; put it back, or reload another") from missing

@@ -16,6 +16,7 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from copyover import succession
 from copyover.errors import CopyoverError, PermissionRefused
 
 if TYPE_CHECKING:
@@ -43,6 +44,23 @@ class Caller:
         self._output = bytearray()
         self.number = number
         self.is_done = False
+
+    @classmethod
+    def inherit(cls, left: succession.Caller) -> Caller:
+        """Take the caller of a predecessor over."""
+        caller = cls(socket.socket(fileno=left.descriptor), left.number)
+        caller._input, caller._output, caller.is_done = left.heard, bytearray(left.unsent), left.is_done
+        return caller
+
+    def left(self) -> succession.Caller:
+        """Return what the successor needs to know."""
+        return succession.Caller(
+            number=self.number,
+            descriptor=self.fileno(),
+            heard=self._input,
+            unsent=bytes(self._output),
+            is_done=self.is_done,
+        )
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -109,7 +127,7 @@ class Caller:
 
 class Desk:
     """
-    The control socket, 0600, and everybody who is connected to it.
+    The control socket, and everybody who is connected to it.
 
     Who is to answer is said when it opens; what is replied to a caller that has gone is dropped.
     """
@@ -117,6 +135,7 @@ class Desk:
     def __init__(
         self,
         directory: Directory,
+        sock: socket.socket,
         watch: Callable[[Any, Callable[[], None], int], None],
         unwatch: Callable[[Any], None],
     ) -> None:
@@ -124,7 +143,7 @@ class Desk:
         self._watch = watch
         self._unwatch = unwatch
         self._answer: Callable[[int, dict[str, Any]], None] = _nobody
-        self._socket = _listen(directory)
+        self._socket = sock
         self._callers: dict[int, Caller] = {}
         self._numbers = itertools.count(1)
         self.denied = 0
@@ -152,6 +171,22 @@ class Desk:
         else:
             self.denied += 1
             self.reply(number, {"denied": "only the holder's own user and root may command it"}, is_last=True)
+
+    def left(self) -> succession.Desk:
+        """Return what the successor needs to know; a caller's number is used up by it."""
+        return succession.Desk(
+            control=self.fileno(),
+            next_caller=next(self._numbers),
+            denied=self.denied,
+            callers=[caller.left() for caller in self._callers.values()],
+        )
+
+    def inherit(self, left: succession.Desk) -> None:
+        """Take the callers of a predecessor over."""
+        self._numbers, self.denied = itertools.count(left.next_caller), left.denied
+        for one in left.callers:
+            caller = self._callers[one.number] = Caller.inherit(one)
+            self._flush(caller)
 
     def is_present(self, number: int) -> bool:
         return number in self._callers
@@ -206,8 +241,16 @@ class Desk:
             caller.close()
 
 
-def _listen(directory: Directory) -> socket.socket:
-    """Bind under a temporary name and rename: a dead holder's socket is replaced (the lock says that it is dead)."""
+def listen(directory: Directory) -> socket.socket:
+    """
+    Return the control socket of *directory*, 0600.
+
+    Bound under a temporary name and renamed: a dead holder's socket is replaced (the lock says that it is dead).
+
+    Raises:
+        PermissionRefused: something else is in its place.
+
+    """
     temporary = f"{directory.control}.{os.getpid()}"
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     before = os.umask(0o177)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from copyover import events, messages, process
+from copyover import events, messages, process, succession
 from copyover.errors import ChangeRefused, ChannelClosed, CopyoverError, WireError
 from copyover.holder.hand import Hand, check_lend
 
@@ -38,6 +38,13 @@ class Generation:
     release: Release
     config: Config
     last_words: list[str] = attrs.field(factory=list)
+
+    def left(self) -> succession.Generation:
+        return succession.Generation(release=self.release, config=self.config, last_words=list(self.last_words))
+
+    @classmethod
+    def inherit(cls, left: succession.Generation) -> Generation:
+        return cls(left.release, left.config, list(left.last_words))
 
 
 class Crew:
@@ -71,18 +78,21 @@ class Crew:
 
     def _start(self, worker: int, generation: int) -> None:
         try:
-            hand = Hand(worker, generation, self.generations[generation].release, self._environment)
+            hand = Hand.start(worker, generation, self.generations[generation].release, self._environment)
         except (CopyoverError, OSError) as problem:
             log.error("event=not-started worker=%d problem=%r", worker, str(problem))  # noqa: TRY400  # a sentence
             self._tell(events.Died(worker, str(problem)))
             return
-        self.hands[worker] = hand
+        self._attend(hand)
+        log.info("event=started worker=%d pid=%d generation=%d", worker, hand.pid, generation)
+
+    def _attend(self, hand: Hand) -> None:
+        self.hands[hand.worker] = hand
         self._loop.watch(hand.child, lambda: self._bury(hand))
         self._loop.watch(hand.channel, lambda: self._receive(hand))
         if hand.tail is not None:
             self._loop.watch(hand.tail, lambda: self._read_tail(hand))
         hand.channel.on_backlog = lambda is_full: self._watch_channel(hand, is_full=is_full)
-        log.info("event=started worker=%d pid=%d generation=%d", worker, hand.pid, generation)
 
     def _watch_channel(self, hand: Hand, *, is_full: bool) -> None:
         mask = selectors.EVENT_READ | (selectors.EVENT_WRITE if is_full else 0)
@@ -92,6 +102,25 @@ class Crew:
         """Keep those that have a worker, and the newest."""
         alive = {hand.generation for hand in self.hands.values()} | {newest}
         self.generations = {number: kept for number, kept in self.generations.items() if number in alive}
+
+    # ---- succession
+
+    def left(self) -> tuple[list[tuple[int, succession.Generation]], list[succession.Hand]]:
+        """Return what the successor needs to know of all generations and processes."""
+        generations = [(number, generation.left()) for number, generation in self.generations.items()]
+        return generations, [hand.left() for hand in self.hands.values()]
+
+    def inherit(self, estate: succession.Estate) -> None:
+        """Take the generations and processes of a predecessor over."""
+        self.protocol_errors = estate.protocol_errors
+        self.generations = {number: Generation.inherit(left) for number, left in estate.generations}
+        said = {worker.id: worker.abilities for worker in estate.held.workers}
+        for hand in estate.hands:
+            self._attend(Hand.inherit(hand, self.generations[hand.generation].release, said[hand.worker]))
+
+    def find_backlog(self) -> int | None:
+        """Return a worker that has not taken all that was sent to it, if there is one."""
+        return next((worker for worker, hand in self.hands.items() if hand.channel.has_backlog), None)
 
     # ---- talking
 

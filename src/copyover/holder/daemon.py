@@ -12,13 +12,13 @@ import logging
 import os
 import signal
 import time
-import uuid
 from typing import TYPE_CHECKING, Any, assert_never
 
 import attrs
 
 from copyover import config as configs
-from copyover import events, process, reload
+from copyover import directory as directories
+from copyover import events, process
 from copyover.change import Phase
 from copyover.errors import CopyoverError, IllegalEvent, UsageError
 from copyover.holder import control, report
@@ -30,11 +30,12 @@ from copyover.release import pin
 from copyover.sockets import reset_and_close
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable, Mapping, Sequence
 
     from copyover.config import Config
-    from copyover.directory import Directory
     from copyover.listeners import Listener
+    from copyover.reload import Machine
 
 log = logging.getLogger("copyover.holder")
 
@@ -42,32 +43,46 @@ PROGRESS_S = 0.05
 RESERVED_DESCRIPTORS = 1024  # listeners, channels, callers, and lends under way when the holder is full
 
 
+def capacity_for(descriptor_limit: int) -> int:
+    """Return how many connections can be kept: each is a descriptor here, and for a moment another in a channel."""
+    capacity = descriptor_limit - min(RESERVED_DESCRIPTORS, descriptor_limit // 2)
+    log.info("event=limits descriptors=%d connections=%d", descriptor_limit, capacity)
+    return capacity
+
+
 class Daemon:
-    """One holder at work."""
+    """
+    One holder at work.
+
+    *told* is what it was started with: the ``file`` and the ``flags`` that make its configuration. *instance* is
+    drawn once by each holder; workers know it by that.
+    """
 
     def __init__(
         self,
-        settings: Callable[[], Config],
+        told: Mapping[str, Any],
         config: Config,
-        directory: Directory,
+        machine: Machine,
+        *,
+        lock: int,
+        control_socket: socket.socket,
         listeners: Sequence[Listener],
-        descriptor_limit: int,
+        instance: str,
     ) -> None:
-        self._settings = settings
+        self.told = told
         self.config = config
+        self.machine = machine
+        self.lock = lock
         self.listeners = listeners
-        # A connection is a descriptor here, and for a moment another one in each worker's channel.
-        capacity = descriptor_limit - min(RESERVED_DESCRIPTORS, descriptor_limit // 2)
-        log.info("event=limits descriptors=%d connections=%d", descriptor_limit, capacity)
-        self.machine = reload.Machine(capacity)
-        self.loop = Loop(self._settle)
+        self.instance = instance
+        self.loop = Loop(self.settle)
         self._events: collections.deque[events.Event] = collections.deque()
-        self._environment = environment(uuid.uuid4().hex)
-        self.crew = Crew(self.loop, listeners, self._environment, self._events.append, self._settle)
+        self._environment = environment(instance)
+        self.crew = Crew(self.loop, listeners, self._environment, self._events.append, self.settle)
         self._health = Health(self.loop, self._events.append)
-        self._newest = 0
+        self.newest = 0  # of the generations that were ever begun
         self.previous: Generation | None = None  # what served before, for a roll-back by hand
-        self.desk = control.Desk(directory, self.loop.watch, self.loop.unwatch)
+        self.desk = control.Desk(directories.of(config.name), control_socket, self.loop.watch, self.loop.unwatch)
         self.waiting: set[int] = set()  # the callers that follow a change
         self.cancelling: set[int] = set()  # those that want it undone
         self._last_progress_s = 0.0
@@ -79,11 +94,11 @@ class Daemon:
 
     # ---- the loop
 
-    def run(self, answer: Callable[[int, dict[str, Any]], None]) -> int:
-        """Serve until stopped, *answer* the operators' requests; return the exit code."""
+    def run(self, answer: Callable[[int, dict[str, Any]], None], begin: Callable[[], None]) -> int:
+        """Call *begin*, then serve until stopped, *answer* the operators' requests; return the exit code."""
         self.desk.open(answer)
         self.loop.catch_signals((signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGCHLD), self._signalled)
-        self.ask_reload(events.BY_BOOT)
+        begin()
         try:
             while self._exit_code is None:
                 self.loop.turn()
@@ -118,7 +133,7 @@ class Daemon:
 
     # ---- events and effects
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Handle what was queued, and what that queues."""
         while self._events:
             event = self._events.popleft()
@@ -156,7 +171,7 @@ class Daemon:
             case events.SetTimer(name, None):
                 self.loop.cancel_timer(name)
             case events.SetTimer(name, float() | int() as after_s):
-                self.loop.set_timer(name, after_s, lambda: self._events.append(events.TimerFired(name)))
+                self.set_timer(name, after_s)
             case events.Note(name, fields):
                 told = {key: value for key, value in fields.items() if value is not None}
                 log.info("event=%s %s", name, " ".join(f"{key}={_value(value)}" for key, value in told.items()))
@@ -171,6 +186,10 @@ class Daemon:
             case _:
                 assert_never(effect)
 
+    def set_timer(self, name: str, after_s: float) -> None:
+        """Tell the machine after a while."""
+        self.loop.set_timer(name, after_s, lambda: self._events.append(events.TimerFired(name)))
+
     # ---- reloads
 
     def ask_reload(
@@ -182,7 +201,7 @@ class Daemon:
         pinned: Generation | None = None,
     ) -> None:
         """Pin the release as it is now, unless one is *pinned*, and ask the machine."""
-        config, generation = self.config, self._newest + 1
+        config, generation = self.config, self.newest + 1
         if self.machine.phase is Phase.SERVING:  # else the machine says that it is busy
             try:
                 config = attrs.evolve(pinned.config if pinned else self._read_settings(), **(wishes or {}))
@@ -190,7 +209,7 @@ class Daemon:
             except CopyoverError as problem:
                 self._refuse_reload(asker, problem)
                 return
-            self._newest = generation
+            self.newest = generation
             self.crew.generations[generation] = Generation(release, config)
         self._events.append(
             events.Reload(
@@ -226,7 +245,7 @@ class Daemon:
                 )
 
     def _read_settings(self) -> Config:
-        config = self._settings()
+        config = configs.load(self.told["file"], self.told["flags"])
         fixed = configs.unreloadable(self.config, config)
         if fixed:
             raise UsageError(f"{', '.join(fixed)} cannot be changed by a reload: stop the holder and run it anew")
@@ -250,7 +269,7 @@ class Daemon:
         if result.outcome is events.Outcome.DONE:
             self.previous = self.crew.generations.get(result.from_generation)
             self.config = self.crew.generations[result.to_generation].config
-            self.crew.forget_generations(self._newest)
+            self.crew.forget_generations(self.newest)
         if asker == events.BY_BOOT:
             self._booted(result, answer)
         elif asker == events.BY_SIGNAL:

@@ -10,11 +10,13 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
+import copyover
 from copyover import config as configs
 from copyover import events
 from copyover.change import Phase
 from copyover.errors import UsageError
 from copyover.holder import report
+from copyover.holder.upgrade import Upgrade
 from copyover.sockets import peer_of_descriptor
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ class Requests:
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
+        self._upgrade = Upgrade(daemon)
         self._known: dict[str, Callable[[int, dict[str, Any]], None]] = {
             "reload": self._reload,
             "status": lambda caller, _: self._tell(caller, self._status()),
@@ -35,6 +38,7 @@ class Requests:
             "cancel": self._cancel,
             "rollback": self._roll_back,
             "stop": self._stop,
+            "upgrade": self._ask_upgrade,
         }
 
     def answer(self, caller: int, request: dict[str, Any]) -> None:
@@ -97,6 +101,13 @@ class Requests:
             daemon.waiting.add(caller)
             daemon.ask_reload(caller, wishes, is_one_way=request.get("one_way") is True, pinned=daemon.previous)
 
+    def _ask_upgrade(self, caller: int, request: dict[str, Any]) -> None:
+        python = request.get("python")
+        if python is not None and (type(python) is not str or not python or "\0" in python):
+            self._refuse(caller, "python: should be the path of an interpreter")
+        else:
+            self._upgrade.ask(caller, python)
+
     def _stop(self, caller: int, _: dict[str, Any]) -> None:
         self._tell(caller, {"pid": os.getpid()})
         self._daemon.stop()
@@ -110,6 +121,7 @@ class Requests:
         return {
             "name": daemon.config.name,
             "pid": os.getpid(),
+            "copyover": copyover.__version__,
             "uptime_s": round(now_s - daemon.started_s, 3),
             "is_serving": report.is_serving(daemon.machine),
             **report.status(daemon.machine, daemon.crew.hands, now_s=now_s, deadline_s=deadline_s),
