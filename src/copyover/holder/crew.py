@@ -24,6 +24,7 @@ from copyover.sockets import cookie_of_descriptor
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from copyover.holder.recovery import SlotFile
     from copyover.listeners import Listener
     from copyover.release import Release
 
@@ -66,10 +67,14 @@ class Tail:
 class Hand:
     """One worker process."""
 
-    def __init__(self, worker: int, generation: int, release: Release, environment: dict[str, str]) -> None:
+    def __init__(
+        self, worker: int, generation: int, release: Release, environment: dict[str, str], slots: SlotFile
+    ) -> None:
+        """Start it. *slots* is this object's from here on, and removed with it."""
         self.worker = worker
         self.generation = generation
         self.release = release
+        self.slots = slots
         self.started_s = time.monotonic()
         self.hello: messages.Hello | None = None
         self.ready: messages.Ready | None = None
@@ -81,18 +86,20 @@ class Hand:
             "COPYOVER_CHANNEL": str(theirs.fileno()),
             "COPYOVER_STDERR": str(real_stderr),
             "COPYOVER_WORKER": str(worker),
+            "COPYOVER_SLOTS": str(slots.fileno()),
         }
         try:
             self.child = process.spawn(
                 release.command,
                 cwd=release.directory,
                 env=environment | own,
-                inherit=(theirs.fileno(), real_stderr),
+                inherit=(theirs.fileno(), real_stderr, slots.fileno()),
                 stderr=write_end,
             )
         except BaseException:
             ours.close()
             os.close(read_end)
+            slots.remove()
             raise
         finally:
             theirs.close()
@@ -168,6 +175,7 @@ class Hand:
     def close(self) -> None:
         self.channel.close()
         self.drop_tail()
+        self.slots.remove()
 
     def drop_tail(self) -> None:
         if self.tail is not None:

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any, assert_never
 import attrs
 
 from copyover import config as configs
-from copyover import events, messages, process, reload
+from copyover import events, messages, process, reload, slots
 from copyover.change import Phase
 from copyover.errors import ChangeRefused, ChannelClosed, CopyoverError, IllegalEvent, UsageError, WireError
 from copyover.holder import control, crew, report
+from copyover.holder.recovery import SlotFile
 from copyover.release import Release, pin
 from copyover.sockets import peer_of_descriptor, reset_and_close
 
@@ -64,6 +65,8 @@ class Daemon:
         descriptor_limit: int,
     ) -> None:
         self._settings = settings
+        self._directory = directory
+        self._descriptor_limit = descriptor_limit
         self._config = config
         self._listeners = listeners
         # A connection is a descriptor here, and for a moment another one in each worker's channel.
@@ -246,7 +249,9 @@ class Daemon:
 
     def _spawn(self, worker: int, generation: int) -> None:
         try:
-            hand = crew.Hand(worker, generation, self._generations[generation].release, self._environment)
+            release = self._generations[generation].release
+            file = self._make_slots(worker, generation)
+            hand = crew.Hand(worker, generation, release, self._environment, file)
         except (CopyoverError, OSError) as problem:
             log.error("event=not-started worker=%d problem=%r", worker, str(problem))  # noqa: TRY400  # a sentence
             self._events.append(events.Died(worker, str(problem)))
@@ -258,6 +263,11 @@ class Daemon:
             self._watch(hand.tail, lambda: self._read_tail(hand))
         hand.channel.on_backlog = lambda is_full: self._watch_channel(hand, is_full=is_full)
         log.info("event=started worker=%d pid=%d generation=%d", worker, hand.pid, generation)
+
+    def _make_slots(self, worker: int, generation: int) -> SlotFile:
+        size = self._generations[generation].config.slot_bytes
+        header = slots.shape(size, self._descriptor_limit, worker=worker, generation=generation)
+        return SlotFile(self._directory.path, self._environment["COPYOVER_INSTANCE"], header)
 
     def _watch_channel(self, hand: crew.Hand, *, is_full: bool) -> None:
         mask = selectors.EVENT_READ | (selectors.EVENT_WRITE if is_full else 0)
@@ -428,6 +438,7 @@ class Daemon:
             self._unwatch(hand.child)
             hand.child.kill()
             hand.child.reap()
+            hand.close()
         self._hands.clear()
 
     # ---- operators

@@ -25,6 +25,7 @@ from copyover.errors import CopyoverError, StartupFailed, WireError
 from copyover.worker.application import load
 from copyover.worker.connection import Limits
 from copyover.worker.runtime import Runtime, leave
+from copyover.worker.slot import Slots, register
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,12 +39,15 @@ def main() -> None:
     try:
         channel = Channel(_inherited_socket("COPYOVER_CHANNEL"))
         stderr = _inherited("COPYOVER_STDERR")
+        slots = _inherited("COPYOVER_SLOTS") if "COPYOVER_SLOTS" in os.environ else None
         worker, instance = int(os.environ["COPYOVER_WORKER"]), os.environ["COPYOVER_INSTANCE"]
     except (KeyError, ValueError, OSError):
         sys.exit("copyover.worker is started by a holder; start that one with: copyover run module:attribute")
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s %(levelname)s %(name)s worker={worker} %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the holder's business
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if slots is not None:
+        register(slots)
     channel.send(_hello(worker, instance))
     try:
         welcome, descriptors = _await_welcome(channel)
@@ -60,7 +64,7 @@ def main() -> None:
         for place, descriptor in zip(welcome.listener, descriptors, strict=True)
     ]
     with asyncio.Runner(loop_factory=make_loop) as runner:
-        runner.run(_serve(channel, application, listeners, welcome, loop_name, stderr))
+        runner.run(_serve(channel, application, listeners, welcome, loop_name, stderr, slots))
         leave(0)
 
 
@@ -71,13 +75,21 @@ async def _serve(  # noqa: PLR0917  # each is used once, here
     welcome: messages.Welcome,
     loop_name: str,
     stderr: int,
+    slots: int | None,
 ) -> None:
     if application.startup is not None:
         try:
             await application.startup()
         except Exception as problem:  # noqa: BLE001  # whatever startup raises refuses the reload
             _fail(channel, StartupFailed(f"startup raised {type(problem).__name__}: {problem}"), problem)
-    runtime = Runtime(asyncio.get_running_loop(), channel, application, listeners, _limits(welcome.options))
+    runtime = Runtime(
+        asyncio.get_running_loop(),
+        channel,
+        application,
+        listeners,
+        _limits(welcome.options),
+        _slots(slots, application),
+    )
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, runtime.terminate)
     runtime.send(
         messages.Ready(
@@ -145,6 +157,18 @@ def _loop_factory(name: str) -> tuple[Callable[[], asyncio.AbstractEventLoop], s
 def _limits(options: dict[str, Any]) -> Limits:
     known = {field.name for field in attrs.fields(Limits)}
     return Limits(**{name: value for name, value in options.items() if name in known})
+
+
+def _slots(descriptor: int | None, application: Application[Any]) -> Slots | None:
+    if descriptor is None:
+        return None
+    try:
+        return Slots(
+            descriptor, application.encode_state, is_json=application.encode is None, schema=application.schema
+        )
+    except (OSError, WireError) as problem:
+        log.warning("event=slots problem=%r", f"connections are not saved: {problem}")
+        return None
 
 
 def _fail(channel: Channel, problem: CopyoverError, cause: BaseException | None = None) -> None:
