@@ -131,6 +131,11 @@ def reap_orphans() -> None:
         os.waitid(os.P_PID, dead.si_pid, os.WEXITED | os.WNOHANG)
 
 
+def descriptor_limit() -> int:
+    """Return how many descriptors this process, and a worker of it, may have."""
+    return min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 1 << 20)
+
+
 def raise_descriptor_limit() -> int:
     """
     Raise the soft NOFILE to the hard limit, grow the descriptor table to it once, and return it.

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from copyover import events, messages, process, succession
+from copyover import events, messages, process, slots, succession
 from copyover.errors import ChangeRefused, ChannelClosed, CopyoverError, WireError
 from copyover.holder.hand import Hand, check_lend
+from copyover.holder.recovery import SlotFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+    from pathlib import Path
 
     from copyover.channel import Packet
     from copyover.config import Config
@@ -58,12 +60,14 @@ class Crew:
         self,
         loop: Loop,
         listeners: Sequence[Listener],
+        directory: Path,
         environment: dict[str, str],
         tell: Callable[[events.Event], None],
         settle: Callable[[], None],
     ) -> None:
         self._loop = loop
         self._listeners = listeners
+        self._directory = directory
         self._environment = environment
         self._tell = tell
         self._settle = settle
@@ -78,13 +82,19 @@ class Crew:
 
     def _start(self, worker: int, generation: int) -> None:
         try:
-            hand = Hand.start(worker, generation, self.generations[generation].release, self._environment)
+            release = self.generations[generation].release
+            hand = Hand.start(worker, generation, release, self._environment, self._make_slots(worker, generation))
         except (CopyoverError, OSError) as problem:
             log.error("event=not-started worker=%d problem=%r", worker, str(problem))  # noqa: TRY400  # a sentence
             self._tell(events.Died(worker, str(problem)))
             return
         self._attend(hand)
         log.info("event=started worker=%d pid=%d generation=%d", worker, hand.pid, generation)
+
+    def _make_slots(self, worker: int, generation: int) -> SlotFile:
+        size = self.generations[generation].config.slot_bytes
+        header = slots.shape(size, process.descriptor_limit(), worker=worker, generation=generation)
+        return SlotFile.make(self._directory, self._environment["COPYOVER_INSTANCE"], header)
 
     def _attend(self, hand: Hand) -> None:
         self.hands[hand.worker] = hand
@@ -181,6 +191,7 @@ class Crew:
             self._loop.unwatch(hand.child)
             hand.child.kill()
             hand.child.reap()
+            hand.close()
         self.hands.clear()
 
     def _bury(self, hand: Hand) -> None:

@@ -15,16 +15,20 @@ import select
 import socket
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import copyover
-from copyover import channel, messages, process, succession, wire
+from copyover import messages, process, succession, wire
+from copyover.channel import Channel, pair
 from copyover.errors import ChangeRefused, ChannelClosed, WireError
+from copyover.holder.recovery import SlotFile
 from copyover.sockets import cookie_of_descriptor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from copyover.channel import Packet
     from copyover.listeners import Listener
     from copyover.release import Release
 
@@ -84,15 +88,18 @@ class Hand:
         release: Release,
         *,
         child: process.Child,
-        sock: socket.socket,
+        channel: Channel,
+        slots: SlotFile,
         tail: Tail | None,
         started_s: float,
     ) -> None:
+        """*slots* is this object's from here on, and removed with it."""
         self.worker = worker
         self.generation = generation
         self.release = release
         self.child = child
-        self.channel = channel.Channel(sock)
+        self.channel = channel
+        self.slots = slots
         self.tail = tail
         self.lines = tail.lines if tail is not None else collections.deque[str](maxlen=TAIL_LINES)
         self.started_s = started_s
@@ -100,7 +107,9 @@ class Hand:
         self.ready: messages.Ready | None = None
 
     @classmethod
-    def start(cls, worker: int, generation: int, release: Release, environment: dict[str, str]) -> Hand:
+    def start(
+        cls, worker: int, generation: int, release: Release, environment: dict[str, str], slots: SlotFile
+    ) -> Hand:
         """
         Start the process.
 
@@ -109,7 +118,7 @@ class Hand:
             PermissionRefused: this user may not.
 
         """
-        ours, theirs = channel.pair()
+        ours, theirs = pair()
         read_end, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         os.set_blocking(write_end, True)
         real_stderr = os.dup(2)
@@ -117,24 +126,35 @@ class Hand:
             "COPYOVER_CHANNEL": str(theirs.fileno()),
             "COPYOVER_STDERR": str(real_stderr),
             "COPYOVER_WORKER": str(worker),
+            "COPYOVER_SLOTS": str(slots.fileno()),
         }
         try:
             child = process.spawn(
                 release.command,
                 cwd=release.directory,
                 env=environment | own,
-                inherit=(theirs.fileno(), real_stderr),
+                inherit=(theirs.fileno(), real_stderr, slots.fileno()),
                 stderr=write_end,
             )
         except BaseException:
             ours.close()
             os.close(read_end)
+            slots.remove()
             raise
         finally:
             theirs.close()
             os.close(real_stderr)
             os.close(write_end)
-        return cls(worker, generation, release, child=child, sock=ours, tail=Tail(read_end), started_s=time.monotonic())
+        return cls(
+            worker,
+            generation,
+            release,
+            child=child,
+            channel=Channel(ours),
+            slots=slots,
+            tail=Tail(read_end),
+            started_s=time.monotonic(),
+        )
 
     # ---- succession
 
@@ -146,6 +166,8 @@ class Hand:
             pid=self.pid,
             pidfd=self.child.fileno(),
             channel=self.channel.fileno(),
+            slots=self.slots.fileno(),
+            slots_path=str(self.slots.path),
             wire=self.channel.version,
             started_s=self.started_s,
             hello=self.hello,
@@ -161,7 +183,8 @@ class Hand:
             left.generation,
             release,
             child=process.Child(left.pid, left.pidfd),
-            sock=socket.socket(fileno=left.channel),
+            channel=Channel(socket.socket(fileno=left.channel)),
+            slots=SlotFile(Path(left.slots_path), left.slots),
             tail=None if left.tail is None else Tail(left.tail.descriptor, left.tail.partial),
             started_s=left.started_s,
         )
@@ -224,7 +247,7 @@ class Hand:
             return f"{who} {how} before it was ready"
         return f"{who} {how}"
 
-    def remaining(self) -> list[channel.Packet]:
+    def remaining(self) -> list[Packet]:
         """Read the channel of a dead worker to its end: what it had sent still counts."""
         packets = []
         while True:
@@ -239,6 +262,7 @@ class Hand:
     def close(self) -> None:
         self.channel.close()
         self.drop_tail()
+        self.slots.remove()
 
     def drop_tail(self) -> None:
         if self.tail is not None:
