@@ -7,6 +7,7 @@ What their messages mean is decided in reload.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import selectors
 from typing import TYPE_CHECKING
@@ -16,7 +17,8 @@ import attrs
 from copyover import events, messages, process, slots, succession
 from copyover.errors import ChangeRefused, ChannelClosed, CopyoverError, WireError
 from copyover.holder.hand import Hand, check_lend
-from copyover.holder.recovery import SlotFile
+from copyover.holder.recovery import Orphan, SlotFile, is_current, recover
+from copyover.ledger import Standing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -27,10 +29,12 @@ if TYPE_CHECKING:
     from copyover.holder.loop import Loop
     from copyover.listeners import Listener
     from copyover.release import Release
+    from copyover.reload import Machine
 
 log = logging.getLogger("copyover.holder")
 
 PACKETS_A_TURN = 64
+REASONS_TOLD = 10
 
 
 @attrs.define
@@ -59,8 +63,10 @@ class Crew:
     def __init__(
         self,
         loop: Loop,
+        machine: Machine,
         listeners: Sequence[Listener],
         directory: Path,
+        *,
         environment: dict[str, str],
         tell: Callable[[events.Event], None],
         settle: Callable[[], None],
@@ -69,6 +75,7 @@ class Crew:
         self._listeners = listeners
         self._directory = directory
         self._environment = environment
+        self._machine = machine
         self._tell = tell
         self._settle = settle
         self.hands: dict[int, Hand] = {}
@@ -88,7 +95,7 @@ class Crew:
             log.error("event=not-started worker=%d problem=%r", worker, str(problem))  # noqa: TRY400  # a sentence
             self._tell(events.Died(worker, str(problem)))
             return
-        self._attend(hand)
+        self.attend(hand)
         log.info("event=started worker=%d pid=%d generation=%d", worker, hand.pid, generation)
 
     def _make_slots(self, worker: int, generation: int) -> SlotFile:
@@ -96,7 +103,8 @@ class Crew:
         header = slots.shape(size, process.descriptor_limit(), worker=worker, generation=generation)
         return SlotFile.make(self._directory, self._environment["COPYOVER_INSTANCE"], header)
 
-    def _attend(self, hand: Hand) -> None:
+    def attend(self, hand: Hand) -> None:
+        """Watch a worker that lives."""
         self.hands[hand.worker] = hand
         self._loop.watch(hand.child, lambda: self._bury(hand))
         self._loop.watch(hand.channel, lambda: self._receive(hand))
@@ -126,7 +134,7 @@ class Crew:
         self.generations = {number: Generation.inherit(left) for number, left in estate.generations}
         said = {worker.id: worker.abilities for worker in estate.held.workers}
         for hand in estate.hands:
-            self._attend(Hand.inherit(hand, self.generations[hand.generation].release, said[hand.worker]))
+            self.attend(Hand.inherit(hand, self.generations[hand.generation].release, said[hand.worker]))
 
     def find_backlog(self) -> int | None:
         """Return a worker that has not taken all that was sent to it, if there is one."""
@@ -209,11 +217,33 @@ class Crew:
         words = hand.in_words(how)
         if hand.tail is not None:
             self._loop.unwatch(hand.tail)
+        recovered, ended = self._recover(hand)
         del self.hands[hand.worker]
         hand.close()
-        self._tell(events.Died(hand.worker, words))
+        self._tell(events.Died(hand.worker, words, recovered, ended))
         self._settle()
         process.reap_orphans()
+
+    def _recover(self, hand: Hand) -> tuple[dict[int, messages.Record | None], frozenset[int]]:
+        """Say what its slots and the kernel tell of what it had; of the first few that are reset, why."""
+        entries = [e for e in self._machine.ledger.of(hand.worker) if e.standing is not Standing.PARKED]
+        orphans = [Orphan(e.cookie, e.epoch, e.descriptor, self._policy(e.listener)) for e in entries]
+        found = recover(hand.slots.fileno(), orphans)
+        recovered: dict[int, messages.Record | None] = dict(found.records)
+        reset: dict[int, str] = {}
+        for entry in entries:
+            record = None if entry.passage is None or not entry.passage.is_given else entry.passage.record
+            if entry.cookie in found.reset and not (record and is_current(entry.descriptor, record)):
+                recovered[entry.cookie] = None
+                reset[entry.cookie] = found.reset[entry.cookie]
+        for cookie, reason in itertools.islice((reset | found.interrupted).items(), REASONS_TOLD):
+            log.info("event=not-exact connection=%d reason=%r", cookie, reason)
+        return recovered, found.ended
+
+    def _policy(self, listener: int) -> str:
+        generation = self.generations.get(self._machine.holdings.generation)
+        default = generation.config.on_crash if generation else "reset"
+        return self._listeners[listener].on_crash or default
 
     # ---- what they wrote
 

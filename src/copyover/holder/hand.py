@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import copyover
+from copyover import directory as directories
 from copyover import messages, process, succession, wire
 from copyover.channel import Channel, pair
 from copyover.errors import ChangeRefused, ChannelClosed, WireError
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from copyover.channel import Packet
+    from copyover.directory import Directory
     from copyover.listeners import Listener
     from copyover.release import Release
 
@@ -280,7 +282,18 @@ def check_lend(message: messages.Lend, descriptors: Sequence[int], *, listeners:
     """
     if any(place >= listeners for place in message.listener):
         raise WireError(f"a lent connection is of listener {max(message.listener)}, there are {listeners}")
-    for cookie, descriptor in zip(message.cookie, descriptors, strict=True):
+    check_cookies(message.cookie, descriptors)
+
+
+def check_cookies(cookies: Sequence[int], descriptors: Sequence[int]) -> None:
+    """
+    See that each descriptor is the connection that it is said to be.
+
+    Raises:
+        WireError: it is another, or no socket at all.
+
+    """
+    for cookie, descriptor in zip(cookies, descriptors, strict=True):
         try:
             found = cookie_of_descriptor(descriptor)
         except OSError as problem:
@@ -289,10 +302,15 @@ def check_lend(message: messages.Lend, descriptors: Sequence[int], *, listeners:
             raise WireError(f"a lent descriptor is connection {found}, not {cookie}")
 
 
-def environment(instance: str) -> dict[str, str]:
+def environment(directory: Directory, instance: str) -> dict[str, str]:
     """Return the environment of workers: ours, without what the service manager meant for us alone."""
+    own = {
+        "COPYOVER_INSTANCE": instance,
+        "COPYOVER_WORKERS": str(directory.workers),
+        "COPYOVER_KEY": directories.read_key(directory),
+    }
     private = {"LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"}
-    return {name: value for name, value in os.environ.items() if name not in private} | {"COPYOVER_INSTANCE": instance}
+    return {name: value for name, value in os.environ.items() if name not in private} | own
 
 
 def notify(state: str) -> None:

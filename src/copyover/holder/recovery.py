@@ -17,6 +17,7 @@ import attrs
 from copyover import slots
 from copyover.errors import WireError
 from copyover.holder.verdict import Verdict, judge
+from copyover.messages import RecordFlag
 from copyover.sockets import counters_of
 
 if TYPE_CHECKING:
@@ -103,6 +104,18 @@ def recover(descriptor: int, orphans: Iterable[Orphan]) -> Recovered:
     contents = _contents(descriptor, rows.keys())
     now_ns = time.monotonic_ns()
     return _sorted({cookie: _judge(row, contents.get(cookie), now_ns) for cookie, row in rows.items()})
+
+
+def is_current(descriptor: int, record: Record) -> bool:
+    """Whether nobody has used the connection since *record* was taken, as far as the kernel tells."""
+    try:
+        counters = counters_of(descriptor)
+    except OSError:
+        return False
+    if counters is None:  # a unix socket: only its worker's slot tells
+        return True
+    has_read = counters.read != record.received and not record.flags & RecordFlag.FINISHED  # the rest is discarded
+    return not has_read and counters.written == record.sent
 
 
 def _judge(row: Orphan, content: slots.Content | None, now_ns: int) -> Verdict:
