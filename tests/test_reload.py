@@ -87,7 +87,8 @@ class Story:
         return self.says(worker, messages.Refused(cookie=(cookie,), epoch=(epoch,), reason=(reason,)))
 
     def off(self, worker: int) -> list[events.Effect]:
-        return self.says(worker, messages.AcceptOffAck())
+        found = self.machine.holdings.workers.get(worker)
+        return self.says(worker, messages.AcceptOffAck(number=found.offs if found else 1))
 
     def dies(self, worker: int, how: str = "was killed by SIGKILL") -> list[events.Effect]:
         return self.handle(Died(worker, how))
@@ -201,7 +202,7 @@ def every_message(worker: int) -> list[messages.Message]:
         READY,
         messages.Hello(wire=[1, 1], record=[1, 1], copyover="0", python="3", pid=1, worker=worker, instance="x"),
         messages.Failed(reason="no", status=18),
-        messages.AcceptOffAck(),
+        messages.AcceptOffAck(number=1),
         messages.Gathered(shared=()),
         messages.Frozen(batch=1),
         messages.Welcome(wire=1, generation=1, names=[], application="", app_dir="", options={}),
@@ -277,7 +278,7 @@ def test_the_table_is_all_that_there_is(phase: Phase) -> None:
 def test_a_worker_that_is_unknown_is_refused() -> None:
     """A message of a worker that was never started, or is buried, means nothing."""
     with pytest.raises(IllegalEvent, match="worker 99 is unknown"):
-        Story().says(99, messages.AcceptOffAck())
+        Story().says(99, messages.AcceptOffAck(number=1))
 
 
 # ---- first boot
@@ -336,7 +337,7 @@ def test_a_together_reload_narrated() -> None:
     story.expects(Phase.STAGING)
     story.says(2, messages.Staged(total=2))
     story.expects(Phase.MOVING)
-    assert story.sent(1) == [messages.AcceptOff(moving=True)]
+    assert story.sent(1) == [messages.AcceptOff(number=1, moving=True)]
     assert story.sent(2) == []
     story.off(1)
     freeze = story.sent_one(1, messages.Freeze)
@@ -1262,7 +1263,7 @@ def test_a_full_holder_lets_clients_wait_in_the_backlog() -> None:
     story.lend(1, 10)
     assert story.sent(1) == [messages.LendAck(total=1)]
     story.lend(1, 11)
-    assert story.sent(1) == [messages.LendAck(total=2), messages.AcceptOff(moving=False)]
+    assert story.sent(1) == [messages.LendAck(total=2), messages.AcceptOff(number=1, moving=False)]
     story.lend(1, 12)  # accepted before it heard of that
     assert story.sent(1) == [messages.LendAck(total=3)]
     story.off(1)
@@ -1310,12 +1311,26 @@ def test_the_ack_of_an_earlier_accept_off_does_not_count_for_the_move() -> None:
     story.says(2, READY)
     story.staged(2)
     story.expects(Phase.MOVING)
-    story.off(1)
+    story.says(1, messages.AcceptOffAck(number=1))
     assert story.sent(1) == []
-    story.off(1)
+    story.says(1, messages.AcceptOffAck(number=2))
     assert story.sent_one(1, messages.Freeze).cookie == (10,)
-    with pytest.raises(IllegalEvent, match="never sent"):
-        story.off(1)
+    for number in (2, 3):
+        with pytest.raises(IllegalEvent, match=f"acknowledged accept_off {number}, it was sent 2"):
+            story.says(1, messages.AcceptOffAck(number=number))
+
+
+def test_an_accept_off_that_was_never_understood_does_not_hold_up_the_next() -> None:
+    """Its acknowledgement never comes; that of the next change's counts for both."""
+    story = Story()
+    replacement = story.to_moving(10, move="rolling")
+    story.says(1, messages.Failed(reason="a worker could not follow the holder", status=3))
+    story.off(replacement)
+    story.reload(move="rolling")
+    story.says(3, READY)
+    story.staged(3)
+    story.says(1, messages.AcceptOffAck(number=2))
+    assert story.sent_one(1, messages.Freeze).cookie == (10,)
 
 
 # ---- stop

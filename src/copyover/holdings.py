@@ -44,7 +44,8 @@ class Worker:
     lent: int = 0
     staged: int = 0
     staged_acked: int = 0
-    unacked_offs: int = 0
+    offs: int = 0  # accept_offs that it was sent, and the last of them that it has acknowledged
+    offs_acked: int = 0
 
     is_off: bool = False  # all its lends are in
     has_gathered: bool = False
@@ -141,21 +142,22 @@ class Holdings:
             self.send(worker, messages.AcceptOn(moving=is_moving))
 
     def accept_off(self, worker: Worker, *, is_moving: bool) -> None:
-        worker.unacked_offs += 1
-        self.send(worker.id, messages.AcceptOff(moving=is_moving))
+        worker.offs += 1
+        self.send(worker.id, messages.AcceptOff(number=worker.offs, moving=is_moving))
 
-    def accept_off_acked(self, worker: Worker) -> bool:
+    def accept_off_acked(self, event: events.FromWorker) -> bool:
         """
         Note an acknowledgement; True when it is that of the last accept_off.
 
         Raises:
-            IllegalEvent: none is due.
+            IllegalEvent: none of that number is due.
 
         """
-        if worker.unacked_offs == 0:
-            raise IllegalEvent(f"worker {worker.id} acknowledged an accept_off that it was never sent")
-        worker.unacked_offs -= 1
-        return worker.unacked_offs == 0
+        worker, number = self.workers[event.worker], messages.expect(event.message, messages.AcceptOffAck).number
+        if not worker.offs_acked < number <= worker.offs:
+            raise IllegalEvent(f"worker {worker.id} acknowledged accept_off {number}, it was sent {worker.offs}")
+        worker.offs_acked = number
+        return number == worker.offs
 
     def retire(self, worker: Worker, drain_s: float) -> None:
         """Let it finish what it serves; it closes the rest at the limit, the timer is for one that does not."""
