@@ -215,7 +215,7 @@ def _unheld(view: View) -> dict[int, Listening]:
 
 def _why_over(socket: Socket | None) -> str:
     if socket is None:
-        return "its client reset it, or it timed out; its worker has not told the end yet"
+        return "it was reset from outside or timed out; its worker has not told the end yet"
     return "both sides have finished it; its worker has not told the end yet"
 
 
