@@ -121,6 +121,12 @@ VERDICTS: dict[str, tuple[View, View, str, str]] = {
     "another socket": (view({2: held()}, row(2)), view({2: held(Plight.FOREIGN)}, row(2)), "missing", "another socket"),
     "forgotten and alive": (view({2: held()}, row(2)), view({}, row(2)), "missing", "not in the ledger any more"),
     "reset by its client": (view({2: held()}, row(2)), view({2: held(Plight.CLOSED)}), "over", "reset from outside"),
+    "reset since the dump": (
+        view({2: held()}, row(2)),
+        view({2: held(Plight.CLOSED)}, row(2)),
+        "over",
+        "reset from outside",
+    ),
     "finished by both": (
         view({2: held()}, row(2)),
         view({2: held(Plight.CLOSED)}, row(2, State.TIME_WAIT, inode=0)),

@@ -6,6 +6,7 @@ It runs in the process of the command line. What the answers mean is decided in 
 
 from __future__ import annotations
 
+import itertools
 import socket
 import time
 from typing import TYPE_CHECKING, Any
@@ -18,10 +19,11 @@ from copyover.sockets import network_of
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
-    from copyover.comparison import Account
+    from copyover.comparison import Account, Socket
 
 ANSWER_S = 10.0
 PATIENCE_S = 1.0  # what a worker says of an end, and what it lends, reaches the holder long before
+TURNS_AT_OUR_PORTS = 4  # then the whole machine's sockets, which may be many
 COOKIES_A_REQUEST = 2000  # a request has 64 KiB at most
 
 
@@ -34,7 +36,10 @@ def look(name: str) -> View:
         HolderAbsent: nobody listens on its control socket.
 
     """
-    return _see(_ask(name), is_everywhere=False)
+    told = _ask(name)
+    _check_network(told["listeners"])
+    listeners = _listeners(told)
+    return View(listeners, _held(told), _dump(listeners, is_everywhere=False), told["counters"])
 
 
 def compare(name: str, before: View | None = None) -> Account:
@@ -48,19 +53,23 @@ def compare(name: str, before: View | None = None) -> Account:
         AuditImpossible, HolderAbsent: as look.
 
     """
-    now = look(name)
-    before = before or now
-    doubtful = comparison.doubts(before, now)
+    first = look(name)
+    before = before or first
+    doubtful = comparison.doubts(before, first)
+    found = comparison.account(before, first)
+    sockets = first.sockets
     deadline_s = time.monotonic() + PATIENCE_S
-    found = comparison.account(before, now)
-    is_everywhere = False
-    while doubtful:
-        # A dump walks tables that change meanwhile and may miss a row; and TPROXY gives connections other ports.
-        later = _see(_ask_about(name, doubtful), is_everywhere=is_everywhere)
-        found = comparison.account(before, comparison.corrected(now, doubtful, later))
+    for turn in itertools.count():
+        if not doubtful:
+            break
+        # The ledger after the dump: what ended before the dump has told so by now, or its descriptor does.
+        told = _ask_about(name, doubtful)
+        later = View(_listeners(told), _held(told), sockets, told["counters"])
+        found = comparison.account(before, comparison.corrected(first, doubtful, later))
         if not (found.missing or found.unheld) or time.monotonic() > deadline_s:
             break
-        is_everywhere = True
+        # A dump walks tables that change meanwhile and may miss a row; and TPROXY gives connections other ports.
+        sockets = _dump(later.listeners, is_everywhere=turn >= TURNS_AT_OUR_PORTS)
     return found
 
 
@@ -90,21 +99,24 @@ def _ask(name: str, **more: Any) -> dict[str, Any]:
     raise AuditImpossible("the holder went away before it answered")
 
 
-def _see(told: dict[str, Any], *, is_everywhere: bool) -> View:
-    """Put the kernel's account beside what the holder has *told*."""
-    _check_network(told["listeners"])
-    listeners = tuple(
+def _listeners(told: dict[str, Any]) -> tuple[Listening, ...]:
+    return tuple(
         Listening(row["name"], row["address"], row["cookie"], row["family"], row["port"]) for row in told["listeners"]
     )
+
+
+def _held(told: dict[str, Any]) -> dict[int, Held]:
     columns = told["connections"]
     rows: Iterable[tuple[Any, ...]] = zip(
         *(columns[key] for key in ("listener", "worker", "generation", "epoch", "state")),
         [Plight(word) for word in columns["plight"]] if "plight" in columns else [None] * len(columns["connection"]),
         strict=True,
     )
-    held = dict(zip(columns["connection"], map(Held._make, rows), strict=True))
-    places = {(each.family, 0 if is_everywhere else each.port) for each in listeners}
-    return View(listeners, held, sockdiag.dump(places), told["counters"])
+    return dict(zip(columns["connection"], map(Held._make, rows), strict=True))
+
+
+def _dump(listeners: Iterable[Listening], *, is_everywhere: bool) -> dict[int, Socket]:
+    return sockdiag.dump({(each.family, 0 if is_everywhere else each.port) for each in listeners})
 
 
 def _check_network(listeners: Iterable[dict[str, Any]]) -> None:

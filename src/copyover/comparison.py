@@ -214,9 +214,9 @@ def _unheld(view: View) -> dict[int, Listening]:
 
 
 def _why_over(socket: Socket | None) -> str:
-    if socket is None:
-        return "it was reset from outside or timed out; its worker has not told the end yet"
-    return "both sides have finished it; its worker has not told the end yet"
+    if socket is not None and socket.state == State.TIME_WAIT:
+        return "both sides have finished it; its worker has not told the end yet"
+    return "it was reset from outside or timed out; its worker has not told the end yet"
 
 
 def _why_missing(row: Held, socket: Socket | None) -> str:
