@@ -533,8 +533,8 @@ def test_the_table_is_for_people_and_the_audit_can_be_left_out(copyover_server: 
         shown = server._run("audit")
         assert (shown.returncode, shown.stderr) == (0, "")
         assert "1 held: 1 are the kernel's live sockets; 0 ended meanwhile, 0 over, 0 missing" in shown.stdout
-        assert "audit: 1 are the same sockets, 0 ended, 0 missing, 0 unheld" in server.reload().stderr
-        assert server.reload(no_audit=True).answer["audit"] == {"skipped": "--no-audit was given"}
+        assert "  audit: 1 are the same sockets, 0 ended, 0 missing, 0 unheld" in server.reload().stderr
+        assert "audit" not in server.reload(no_audit=True).answer
         assert "audit" not in server.reload(no_wait=True).answer
     while server.status()["generation"] != 4:
         assert server.status()["is_serving"]
