@@ -97,7 +97,8 @@ def test_only_doubts_are_looked_at_again_and_without_doubt_nobody_is_accused(
     asked = View(later.listeners, {c: r for c, r in later.held.items() if c in doubtful}, later.sockets, {})
     together = comparison.corrected(plain, doubtful, asked)
     sound = plain.held.keys() - doubtful
-    assert sound <= together.held.keys() <= sound | doubtful
+    assert together.held.keys() == sound | asked.held.keys()
+    assert all(together.sockets.get(cookie) == asked.sockets.get(cookie) for cookie in doubtful)
     found = comparison.account(before, together)
     assert found.same + found.fresh >= len(sound)
     assert not sound & {finding.cookie for finding in (*found.missing, *found.over)}
@@ -407,6 +408,36 @@ def test_clients_that_come_and_go_are_not_called_missing(copyover_server: Server
             assert (found["missing"], found["unheld"], found["exit_code"]) == (0, 0, 0)
             swarm.wait_round()
     swarm.report.assert_lossless()
+
+
+def test_what_happens_while_an_audit_looks_is_no_accusation(
+    copyover_server: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the ledger's answer and the dump one ends and one comes, and the dump misses a third: asked again."""
+    server = copyover_server("echo:echo", chdir=APPS)
+    name = in_process(server, monkeypatch)
+    dump, dumps = sockdiag.dump, []
+    with contextlib.ExitStack() as stack:
+        stays, ends = (stack.enter_context(Client(server.address)) for _ in range(2))
+        assert (stays.ask(b"x\n"), ends.ask(b"x\n")) == (b"x\n", b"x\n")
+        [missed] = [row for row in server.connections() if row["peer"].endswith(str(stays.socket.getsockname()[1]))]
+
+        def racing(places: set[tuple[int, int]]) -> dict[int, Socket]:
+            dumps.append(places)
+            if len(dumps) > 1:
+                return dump(places)
+            ends.socket.close()
+            while len(server.connections()) > 1:
+                assert server.status()["is_serving"]
+            assert stack.enter_context(Client(server.address)).ask(b"x\n") == b"x\n"
+            return {cookie: row for cookie, row in dump(places).items() if cookie != missed["connection"]}
+
+        before = audit.look(name)
+        monkeypatch.setattr(sockdiag, "dump", racing)
+        found = comparison.as_object(audit.compare(name, before))
+    assert kinds(found) == CLEAN | {"same": 1, "ended": 1}
+    assert found["fresh"] == 1
+    assert len(dumps) == 2
 
 
 def test_a_client_that_resets_has_ended(copyover_server: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
