@@ -23,6 +23,7 @@ PURE = {
     "errors",
     "messages",
     "wire",
+    "comparison",
     "ledger",
     "events",
     "holdings",
@@ -73,7 +74,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "holder.health": {"errors", "events", "holder.loop", "process"},
     "holder.control": {"directory", "errors", "succession"},
-    "holder.report": {"change", "events", "holder.hand", "holdings", "ledger", "reload"},
+    "holder.report": {"change", "events", "holder.hand", "holdings", "ledger", "listeners", "reload", "sockets"},
     "holder.daemon": {
         *("change", "config", "directory", "errors", "events", "listeners", "process", "reload", "release"),
         *("sockets", "holder.control", "holder.crew", "holder.hand", "holder.health", "holder.loop", "holder.report"),
@@ -113,7 +114,11 @@ ROOMS: dict[str, set[str]] = {
     },
     # ---- the operator's side, and the user's tests
     "console": {"directory", "errors"},
-    "cli": {"config", "console", "directory", "errors"},
+    "cli": {"audit", "comparison", "config", "console", "directory", "errors", "witness"},
+    "witness": {"audit", "comparison"},
+    "audit": {"comparison", "console", "errors", "sockdiag", "sockets"},
+    "comparison": set(),
+    "sockdiag": {"comparison", "errors"},
     "verifying": {"errors"},
     "swarm": {"verifying"},
     "testing": {"swarm", "verifying"},
@@ -183,7 +188,7 @@ def test_who_loads_what(library: str) -> None:
         "click": {"cli"},
         "rich": {"console"},
         "cattrs": {"config", "succession"},
-        "pyroute2": set[str](),
+        "pyroute2": {"sockdiag"},
         "uvloop": {"worker.__main__"},
         "asyncio": {room for room in FILES if room.startswith("worker")} | {"swarm", "verifying"},
     }[library]

@@ -37,6 +37,7 @@ class Requests:
             "connections": lambda caller, _: self._tell(caller, self._connections()),
             "cancel": self._cancel,
             "rollback": self._roll_back,
+            "ledger": self._ledger,
             "stop": self._stop,
             "upgrade": self._ask_upgrade,
         }
@@ -107,6 +108,10 @@ class Requests:
             self._refuse(caller, "python: should be the path of an interpreter")
         else:
             self._upgrade.ask(caller, python)
+
+    def _ledger(self, caller: int, request: dict[str, Any]) -> None:
+        daemon = self._daemon
+        self._tell(caller, report.ledger_object(daemon.machine, daemon.listeners, request.get("connections")))
 
     def _stop(self, caller: int, _: dict[str, Any]) -> None:
         self._tell(caller, {"pid": os.getpid()})
