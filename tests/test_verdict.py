@@ -133,7 +133,12 @@ def test_one_that_reached_no_boundary_begins_anew() -> None:
     st.integers(0, 20), st.integers(0, 20), st.integers(0, 20), st.integers(0, 20), st.binary(max_size=9), st.booleans()
 )
 def test_exact_is_what_nobody_can_have_used(  # noqa: PLR0917  # the counts of both sides
-    received: int, sent: int, read: int, written: int, unsent: bytes, resumes: bool  # noqa: FBT001
+    received: int,
+    sent: int,
+    read: int,
+    written: int,
+    unsent: bytes,
+    resumes: bool,  # noqa: FBT001
 ) -> None:
     """The client's whole stream, for any counts: bytes before, then the rest of the unsent ones; none twice."""
     content = slot(received=received, sent=sent, unsent=unsent, unsent_bytes=len(unsent))

@@ -162,7 +162,9 @@ class Pen:
             flags |= _LEFT_OUT_UNREAD
         elif unread_bytes:
             self._buffer[at : at + unread_bytes] = unread
-        _pack(self._buffer, start, sequence, received, sent, epoch, flags, schema, unread_bytes, unsent_bytes, state_bytes)
+        _pack(
+            self._buffer, start, sequence, received, sent, epoch, flags, schema, unread_bytes, unsent_bytes, state_bytes
+        )
         self.sequence = self._words[self._word] = sequence
 
     def recount(self, received: int, sent: int) -> None:
