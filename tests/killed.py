@@ -47,7 +47,7 @@ class Worker:
         self.held: dict[int, Held] = {}
         self._lends = 0
         header = slots.shape(shape.get("slot_bytes", 1024), shape.get("slots", 64), worker=number, generation=1)
-        self.file = SlotFile(directory, INSTANCE, header)
+        self.file = SlotFile.make(directory, INSTANCE, header)
         ours, theirs = channel.pair()
         self.pid = os.fork()
         if self.pid == 0:
@@ -114,7 +114,7 @@ class Worker:
             self._channel.send(messages.LendAck(total=self._lends))
 
     def accept(self) -> None:
-        self._channel.send(messages.AcceptOn())
+        self._channel.send(messages.AcceptOn(moving=False))
 
     def resume(self, held: dict[int, Held], recovered: Recovered) -> None:
         """Give it the connections that another worker left."""

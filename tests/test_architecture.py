@@ -32,6 +32,8 @@ PURE = {
     "parking",
     "reunion",
     "reload",
+    "slots",
+    "holder.verdict",
     "succession",
     "worker.agent",
     "worker.effects",
@@ -43,7 +45,8 @@ ROOMS: dict[str, set[str]] = {
     "messages": {"errors"},
     "wire": {"errors", "messages"},
     "channel": {"errors", "messages", "wire"},
-    "sockets": set(),
+    "slots": {"errors", "messages"},
+    "sockets": {"slots"},
     # ---- the holder's mind
     "ledger": {"errors", "messages"},
     "events": {"messages"},
@@ -60,17 +63,24 @@ ROOMS: dict[str, set[str]] = {
     # ---- the holder
     "process": {"errors"},
     "listeners": {"errors"},
-    "config": {"errors", "listeners"},
+    "config": {"errors", "listeners", "slots"},
     "directory": {"errors"},
     "release": {"config", "errors"},
     "holder": set(),
     "holder.loop": set(),
+    "holder.verdict": {"messages", "slots"},
+    "holder.recovery": {"errors", "holder.verdict", "messages", "slots", "sockets"},
     "holder.hand": {
-        *("", "channel", "errors", "listeners", "messages", "process", "release", "sockets", "succession", "wire"),
+        *("", "channel", "directory", "errors", "listeners", "messages", "process", "release", "sockets"),
+        *("succession", "wire", "holder.recovery"),
     },
     "holder.crew": {
-        *("channel", "config", "errors", "events", "listeners", "messages", "process", "release", "succession"),
-        *("holder.hand", "holder.loop"),
+        *("channel", "config", "errors", "events", "ledger", "listeners", "messages", "process", "release"),
+        *("reload", "slots", "succession", "holder.hand", "holder.loop", "holder.recovery"),
+    },
+    "holder.takeover": {
+        *("channel", "config", "directory", "errors", "events", "listeners", "messages", "process", "release"),
+        *("wire", "holder.hand", "holder.recovery"),
     },
     "holder.health": {"errors", "events", "holder.loop", "process"},
     "holder.control": {"directory", "errors", "succession"},
@@ -89,13 +99,15 @@ ROOMS: dict[str, set[str]] = {
     },
     "holder.__main__": {
         *("config", "directory", "errors", "events", "listeners", "process", "reload"),
-        *("holder.control", "holder.daemon", "holder.requests", "holder.upgrade"),
+        *("holder.control", "holder.daemon", "holder.requests", "holder.takeover", "holder.upgrade"),
     },
     # ---- the worker
     "": {"errors", "worker.application", "worker.connection"},  # for type checkers; loaded at first use
     "worker": set(),
     "worker.transport": {"messages", "sockets"},
-    "worker.boundary": {"worker.transport"},
+    "worker.snapshot": set(),
+    "worker.slot": {"errors", "messages", "slots", "worker.snapshot", "worker.transport"},
+    "worker.boundary": {"messages", "worker.slot", "worker.transport"},
     "worker.connection": {"errors", "messages", "worker.boundary", "worker.transport"},
     "worker.application": {"errors", "worker.connection"},
     "worker.cut": {"worker.boundary", "worker.connection", "worker.transport"},
@@ -106,11 +118,11 @@ ROOMS: dict[str, set[str]] = {
     "worker.runtime": {
         *("channel", "errors", "messages", "sockets"),
         *("worker.accepting", "worker.agent", "worker.application", "worker.boundary"),
-        *("worker.connection", "worker.cut", "worker.effects", "worker.seeking", "worker.transport"),
+        *("worker.connection", "worker.cut", "worker.effects", "worker.seeking", "worker.slot", "worker.transport"),
     },
     "worker.__main__": {
         *("", "channel", "errors", "messages", "wire"),
-        *("worker.application", "worker.connection", "worker.runtime", "worker.seeking"),
+        *("worker.application", "worker.connection", "worker.runtime", "worker.seeking", "worker.slot"),
     },
     # ---- the operator's side, and the user's tests
     "console": {"directory", "errors"},
