@@ -27,6 +27,14 @@ KILLS = 150
 CLIENTS = 24
 
 
+@pytest.fixture(autouse=True)
+def leave_no_worker() -> Iterator[None]:
+    """Without a holder it would serve on when a test fails."""
+    yield
+    for worker in list(Worker.alive):
+        worker.kill()
+
+
 @pytest.fixture
 def listener() -> Iterator[socket.socket]:
     """With small buffers, so that much is unsent."""
