@@ -243,9 +243,9 @@ def test_idle_connections_go_on_exactly(stage: Stage) -> None:
     """With their state; with half a line; with what others pushed; whoever they were served by before."""
     with stage.client() as plain, stage.client() as partial, stage.client() as pushed:
         assert [client.line() for client in (plain, partial, pushed)] == [b"fresh 0\n"] * 3
-        partial.send(b"say a")
         assert plain.ask(b"tell x\n") == b"done\n"
         assert [client.line() for client in (partial, pushed)] == [b"told x\n"] * 2
+        partial.send(b"say a")
         stage.settle()
         for _ in range(3):
             recovered = stage.crash()
@@ -381,9 +381,9 @@ def test_unix_connections_go_on_exactly_when_idle(unix_stage: Stage) -> None:
     stage = unix_stage
     with stage.client() as plain, stage.client() as partial:
         assert [client.line() for client in (plain, partial)] == [b"fresh 0\n"] * 2
-        partial.send(b"say a")
         assert plain.ask(b"tell x\n") == b"done\n"
         assert partial.line() == b"told x\n"
+        partial.send(b"say a")
         stage.settle()
         recovered = stage.crash()
         assert (recovered.exact, reasons(recovered)) == (2, [])
