@@ -15,7 +15,7 @@ import pytest
 
 from clients import DEADLINE_S, Client
 from copyover import slots
-from copyover.holder.recovery import Recovered
+from copyover.holder.recovery import Orphan, Recovered, SlotFile, recover
 from copyover.messages import RecordFlag
 from killed import Held, Worker
 
@@ -413,3 +413,26 @@ def test_the_lock_names_the_living_worker(stage: Stage) -> None:
         assert struct.unpack("hhqqi4x", fcntl.fcntl(descriptor, fcntl.F_GETLK, ask))[0] == fcntl.F_UNLCK
     finally:
         os.close(descriptor)
+
+
+@pytest.mark.parametrize(("epochs", "counts"), [((1, 2, 0), 2), ((2, 2), None), ((1, 1, 3), 3), ((3, 1, 1), 3)])
+def test_of_two_slots_of_one_connection_the_higher_epoch_counts(
+    tmp_path: Path, epochs: tuple[int, ...], counts: int | None
+) -> None:
+    """Of equal ones none: nobody can say which of them is a lie. Holes between them are passed over."""
+    header = slots.shape(1024, 20_000, worker=1, generation=1)
+    file = SlotFile.make(tmp_path, "x", header)
+    area = bytearray(header.file_bytes)
+    view = memoryview(area)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        for place, epoch in enumerate(epochs):
+            pen = slots.Pen(view, view.cast("Q"), 9000 * place, 1024)
+            pen.publish(0, 0, epoch, 0, 1, b"", b"", b"%d" % epoch)
+            pen.name(5)
+            start = slots.HEADER_BYTES + 9000 * place * 1024
+            os.pwrite(file.fileno(), area[start : start + 1024], start)
+        found = recover(file.fileno(), [Orphan(5, counts or 2, ours.fileno(), "reset")])
+    file.remove()
+    assert [record.state for record in found.records.values()] == ([] if counts is None else [b"%d" % counts])
+    assert len(found.reset) == (counts is None)
