@@ -60,3 +60,19 @@ async def obey(connection: Connection) -> None:  # noqa: C901, PLR0912  # one ca
 
 
 application = copyover.Application(handler=obey)
+
+
+async def interruptible(connection: Connection) -> None:
+    """A message is a line "begin", an answer, and a line "end"; state counts whole ones."""
+    if connection.interrupted:
+        await connection.write(b"interrupted after %d\n" % connection.state.get("ended", 0))
+    while True:
+        await connection.boundary()
+        try:
+            await connection.read_until(b"\n")
+            await connection.write(b"begun %d\n" % (connection.state.get("ended", 0) + 1))
+            await connection.read_until(b"\n")
+        except asyncio.IncompleteReadError:
+            return
+        connection.state["ended"] = connection.state.get("ended", 0) + 1
+        await connection.write(b"ended %d\n" % connection.state["ended"])

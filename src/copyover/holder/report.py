@@ -118,9 +118,7 @@ def status(machine: Machine, hands: Mapping[int, Hand], *, now_s: float, deadlin
         ],
         "connections": {
             "live": len(machine.ledger),
-            "parked": sum(entry.standing is Standing.PARKED for entry in machine.ledger.entries.values())
-            if machine.phase is not Phase.SERVING
-            else 0,
+            "parked": sum(entry.standing is Standing.PARKED for entry in machine.ledger.entries.values()),
             "kept": len(machine.holdings.kept),
         },
         "counters": dict(sorted(machine.holdings.counters.items())),
