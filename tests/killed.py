@@ -61,7 +61,7 @@ class Worker:
         self.expect(messages.Hello)
         options = {"loop": "asyncio"}
         welcome = messages.Welcome(
-            wire=1, generation=1, names=["web"], application=application, app_dir="tests/apps", options=options,
+            wire=1, generation=1, names={"0": "web"}, application=application, app_dir="tests/apps", options=options,
             listener=(0,),
         )  # fmt: skip
         self._channel.send(welcome, [listener.fileno()])

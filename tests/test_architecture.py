@@ -58,11 +58,11 @@ ROOMS: dict[str, set[str]] = {
     "reload": {"change", "errors", "events", "holdings", "ledger", "messages", "move", "parking", "reunion"},
     # ---- from one holder to the next
     "succession": {
-        *("change", "config", "errors", "holdings", "ledger", "messages", "release", "reload", "wire"),
+        *("change", "config", "errors", "holdings", "ledger", "listeners", "messages", "release", "reload", "wire"),
     },
     # ---- the holder
     "process": {"errors"},
-    "listeners": {"errors"},
+    "listeners": {"errors", "sockets"},
     "config": {"errors", "listeners", "slots"},
     "directory": {"errors"},
     "release": {"config", "errors"},
@@ -70,36 +70,42 @@ ROOMS: dict[str, set[str]] = {
     "holder.loop": set(),
     "holder.verdict": {"messages", "slots"},
     "holder.recovery": {"errors", "holder.verdict", "messages", "slots", "sockets"},
+    "holder.listening": {"listeners", "sockets", "succession"},
     "holder.hand": {
         *("", "channel", "directory", "errors", "listeners", "messages", "process", "release", "sockets"),
         *("succession", "wire", "holder.recovery"),
     },
     "holder.crew": {
-        *("channel", "config", "errors", "events", "ledger", "listeners", "messages", "process", "release"),
-        *("reload", "slots", "succession", "holder.hand", "holder.loop", "holder.recovery"),
+        *("channel", "config", "errors", "events", "ledger", "messages", "process", "release"),
+        *("reload", "slots", "succession", "holder.hand", "holder.listening", "holder.loop", "holder.recovery"),
     },
     "holder.takeover": {
-        *("channel", "config", "directory", "errors", "events", "listeners", "messages", "process", "release"),
+        *("channel", "directory", "errors", "events", "messages", "process", "release", "reunion"),
         *("wire", "holder.hand", "holder.recovery"),
     },
     "holder.health": {"errors", "events", "holder.loop", "process"},
     "holder.control": {"directory", "errors", "succession"},
-    "holder.report": {"change", "events", "holder.hand", "holdings", "ledger", "listeners", "reload", "sockets"},
+    "holder.report": {
+        *("change", "errors", "events", "holdings", "ledger", "listeners", "reload", "sockets"),
+        *("holder.hand", "holder.listening"),
+    },
     "holder.daemon": {
-        *("change", "config", "directory", "errors", "events", "listeners", "process", "reload", "release"),
-        *("sockets", "holder.control", "holder.crew", "holder.hand", "holder.health", "holder.loop", "holder.report"),
+        *("change", "config", "directory", "errors", "events", "process", "reload", "release", "sockets"),
+        *("holder.control", "holder.crew", "holder.hand", "holder.health", "holder.listening", "holder.loop"),
+        "holder.report",
     },
     "holder.upgrade": {
-        *("", "change", "channel", "errors", "listeners", "process", "succession"),
-        *("holder.crew", "holder.daemon", "holder.hand", "holder.report"),
+        *("", "change", "channel", "errors", "process", "succession"),
+        *("holder.crew", "holder.daemon", "holder.hand", "holder.listening", "holder.report"),
     },
     "holder.requests": {
         *("", "change", "config", "errors", "events", "sockets"),
         *("holder.daemon", "holder.report", "holder.upgrade"),
     },
     "holder.__main__": {
-        *("config", "directory", "errors", "events", "listeners", "process", "reload"),
-        *("holder.control", "holder.daemon", "holder.requests", "holder.takeover", "holder.upgrade"),
+        *("config", "directory", "errors", "events", "process", "reload"),
+        *("holder.control", "holder.daemon", "holder.listening", "holder.requests", "holder.takeover"),
+        "holder.upgrade",
     },
     # ---- the worker
     "": {"errors", "worker.application", "worker.connection"},  # for type checkers; loaded at first use

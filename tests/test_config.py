@@ -90,6 +90,7 @@ def test_a_missing_application_is_named(tmp_path: Path) -> None:
         ("slot_bytes = 1048577", "slot_bytes", "must be 0, or from 256"),
         ("slot_bytes = -1", "slot_bytes", "must be 0, or from 256"),
         ('on_crash = "hope"', "on_crash", "must be in"),
+        ('listen = ["a=h:1", "a=h:2"]', "listen", "has one name twice among a, a"),
     ],
 )
 def test_a_wrong_key_names_file_line_and_key(tmp_path: Path, line: str, key: str, says: str) -> None:
@@ -146,11 +147,11 @@ def test_wishes_are_checked_as_flags() -> None:
 
 
 def test_what_only_a_restart_can_change_is_named() -> None:
-    """Name and listeners; anything else a reload may change."""
+    """The name; anything else a reload may change."""
     running = config.load(None, APP)
-    assert config.unreloadable(running, attrs.evolve(running, workers=9, app="other:app")) == []
-    moved = attrs.evolve(running, name="other", listen=("127.0.0.1:1",))
-    assert config.unreloadable(running, moved) == ["name", "listen"]
+    changed = attrs.evolve(running, workers=9, app="other:app", listen=("127.0.0.1:1",))
+    assert config.unreloadable(running, changed) == []
+    assert config.unreloadable(running, attrs.evolve(running, name="other")) == ["name"]
 
 
 def test_a_worker_is_told_what_concerns_it() -> None:

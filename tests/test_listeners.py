@@ -134,13 +134,6 @@ def test_an_address_of_another_machine_is_said() -> None:
         listeners.bind(Address("web", host="192.0.2.1", port=1))
 
 
-def test_a_listener_keeps_its_policy(bound: Callable[[Address], Listener], tmp_path: Path) -> None:
-    """Of either family; None leaves it to the configuration."""
-    assert bound(listeners.parse("127.0.0.1:0")).on_crash is None
-    assert bound(listeners.parse("127.0.0.1:0?on_crash=resume")).on_crash == "resume"
-    assert bound(listeners.parse(f"unix://{tmp_path}/x.sock?on_crash=reset")).on_crash == "reset"
-
-
 # ---- unix sockets
 
 

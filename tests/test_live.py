@@ -63,7 +63,7 @@ def test_a_two_part_message_is_not_cut_in_the_middle(copyover_server: Servers, m
         while server.status()["last_reload"]["generation"]["to"] != 2:
             assert server.status()["is_serving"]
         result = server.status()["last_reload"]
-        assert result["connections"] == {"moved": 2, "kept": 0, "ended": 0, "lost": 0}
+        assert result["connections"] == {"moved": 2, "kept": 0, "ended": 0, "lost": 0, "closed": 0}
         assert client.ask(b"1\n") == b"go on\n"
 
 
@@ -190,7 +190,13 @@ def test_a_straggler_speaks_to_those_that_have_moved(copyover_server: Servers) -
         assert slow.line() == other.line() == b"said: late\n"
         while server.status()["generation"] != 2:
             assert server.status()["is_serving"]
-        assert server.status()["last_reload"]["connections"] == {"moved": 2, "kept": 0, "ended": 0, "lost": 0}
+        assert server.status()["last_reload"]["connections"] == {
+            "moved": 2,
+            "kept": 0,
+            "ended": 0,
+            "lost": 0,
+            "closed": 0,
+        }
         other.send(b"now\n")
         assert slow.line() == other.line() == b"now\n"
 

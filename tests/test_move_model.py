@@ -59,6 +59,7 @@ class Truth:
     """What the client could tell of its connection."""
 
     version: int = 0
+    listener: int = 0
     has_ended: bool = False
     is_lost: bool = False
     received: list[int] = attrs.field(factory=list)  # what was pushed, as it came
@@ -135,7 +136,8 @@ class Process:
                 if isinstance(message, messages.Adopted):
                     self.adopted.update(zip(message.cookie, message.epoch, strict=True))
                 self.send(message, cookies)
-            case effects.Build(cookies):
+            case effects.Build(cookies, listeners):
+                assert self.world.known[self.generation].issuperset(listeners), "of a listener without a name"
                 for cookie in cookies:
                     assert cookie not in self.locals, "built twice"
                     self.locals[cookie] = Local()
@@ -154,9 +156,12 @@ class Process:
             case effects.Serve(cookies):
                 for cookie in cookies:
                     self.enter(cookie)
-            case effects.Deliver(cookies, _, pushed):
-                for cookie, data in zip(cookies, pushed, strict=True):
-                    self.deliver(cookie, data[0])
+            case effects.Deliver(cookies, acts, pushed):
+                for cookie, act, data in zip(cookies, acts, pushed, strict=True):
+                    if act == messages.Act.CLOSE:
+                        self.end(cookie)
+                    else:
+                        self.deliver(cookie, data[0])
             case effects.Discard(cookies):
                 for cookie in cookies:
                     assert self.locals.pop(cookie).course is Course.INERT, "discarded while it is served"
@@ -234,7 +239,7 @@ class Process:
 
     def accept(self, cookie: int) -> None:
         self.locals[cookie] = Local(0, Course.RUNNING, has_coroutine=True)
-        self.perform(self.agent.accepted([cookie], 0))
+        self.perform(self.agent.accepted([cookie], self.world.truths[cookie].listener))
 
     def serve(self, cookie: int) -> None:
         """A message comes and is answered."""
@@ -307,6 +312,7 @@ class World:
         self.holder_kills = 0
         self.processes: dict[int, Process] = {}
         self.truths: dict[int, Truth] = {}
+        self.known: dict[int, set[int]] = {}  # the listeners that each generation knows
         self.descriptors: dict[int, int] = {}  # the holder's open ones, and the connection of each
         self.timers: set[str] = set()
         self.results: list[events.Result] = []
@@ -343,8 +349,10 @@ class World:
                 self.kill(worker)
             case events.Close(descriptor):
                 cookie = self.descriptors.pop(descriptor)
-                has_another = cookie in self.descriptors.values()
-                assert self.truths[cookie].has_ended or has_another, "closed while it lives"
+                if self.truths[cookie].is_live and cookie not in self.descriptors.values():
+                    known = self.known[self.machine.holdings.generation]
+                    assert self.truths[cookie].listener not in known, "closed while it lives"
+                    self.truths[cookie].has_ended = True
             case events.Reset(descriptor):
                 self.lose(self.descriptors.pop(descriptor))
             case events.SetTimer(name, after_s):
@@ -444,18 +452,22 @@ class World:
                 descriptor = next(self._numbers)
                 self.descriptors[descriptor] = cookie
                 is_current = process.locals[cookie].version == self.truths[cookie].version
-                rows.append(events.Row(cookie, epoch, 0, messages.Doing(doing), record, is_current, descriptor))
+                listener = self.truths[cookie].listener
+                rows.append(events.Row(cookie, epoch, listener, messages.Doing(doing), record, is_current, descriptor))
         ready = messages.Ready(application="app:main", loop="asyncio", writes=1, reads=[1], shares=True)
         agent_ = process.agent
-        return events.Report(
-            process.number, process.generation, ready, agent_.is_committed, agent_.is_leaving, rows, tombstones
-        )
+        standing = (agent_.is_committed, agent_.is_leaving)
+        known = frozenset(self.known[process.generation])
+        return events.Report(process.number, process.generation, ready, *standing, rows, tombstones, known)
 
     def reload(self, move: str, workers: int, bake_s: float = 0.0) -> None:
         self.reloads += 1
         self.is_cut_asked = move == "together" and bool(self.machine.holdings.serving())
         number = self.machine.holdings.generation + self.reloads
-        self.handle(events.Reload(7, number, workers, move, 60.0, bake_s=bake_s))
+        serving = self.machine.holdings.generation
+        self.known[number] = {*self.known.get(serving, {0}), number}  # each adds a listener of its own
+        added = frozenset({number})
+        self.handle(events.Reload(7, number, workers, move, 60.0, bake_s=bake_s, added=added))
         self.is_cut_asked = False
 
     def living(self) -> list[Process]:
@@ -541,7 +553,8 @@ class World:
                 self.processes[number].fire(name)
             case ("accept", int(number)):
                 cookie = len(self.truths) + 1
-                self.truths[cookie] = Truth()
+                known = self.known[self.processes[number].generation]
+                self.truths[cookie] = Truth(listener=max(known) if cookie % 2 else 0)
                 self.processes[number].accept(cookie)
             case ("serve", int(number), int(cookie)):
                 self.processes[number].serve(cookie)
@@ -644,6 +657,7 @@ class World:
         entry = self.machine.ledger.entries[cookie]
         assert (entry.owner, entry.standing, entry.passage) == (owner.number, ledger.Standing.SERVED, None)
         assert self.descriptors[entry.descriptor] == cookie
+        assert self.truths[cookie].listener in self.known[owner.generation]
         assert owner.locals[cookie].version == self.truths[cookie].version
         if not self.has_killed:
             assert sorted(self.truths[cookie].received) == self.truths[cookie].pushed, "a push was lost"

@@ -85,7 +85,7 @@ def test_a_release_that_does_not_start_costs_nothing(deployed: tuple[Server, Pat
         said = f"{result.error}\n" + "\n".join(result.answer["stderr_tail"])
         assert reason in said
         assert f"generation 1 (pid {server.worker_pids()[0]}) still serves every connection" in str(result.error)
-        assert result.answer["connections"] == {"moved": 0, "kept": 0, "ended": 0, "lost": 0}
+        assert result.answer["connections"] == {"moved": 0, "kept": 0, "ended": 0, "lost": 0, "closed": 0}
         assert client.ask(b"b\n") == b"2 b\n"
         deploy(current, "good")
         assert server.reload().assert_lossless().moved == 1
@@ -267,7 +267,7 @@ def test_an_incumbent_that_dies_in_the_move_is_told_by_exit_4(copyover_server: S
         os.kill(incumbent, signal.SIGKILL)
         result = reload.result(60)
         assert (result.exit_code, result.outcome) == (4, "done")
-        assert result.answer["connections"] == {"moved": 1, "kept": 0, "ended": 0, "lost": 1}
+        assert result.answer["connections"] == {"moved": 1, "kept": 0, "ended": 0, "lost": 1, "closed": 0}
         with pytest.raises(ConnectionResetError):
             busy.receive(1)
         assert idle.ask(b"1\n") == b"go on\n"

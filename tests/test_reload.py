@@ -59,8 +59,8 @@ class Story:
         for worker in [w.id for w in self.machine.holdings.workers.values() if w.strength is Strength.BOOTING]:
             self.says(worker, READY)
 
-    def lend(self, worker: int, *cookies: int) -> list[events.Effect]:
-        message = messages.Lend(cookie=cookies, listener=(0,) * len(cookies))
+    def lend(self, worker: int, *cookies: int, listener: int = 0) -> list[events.Effect]:
+        message = messages.Lend(cookie=cookies, listener=(listener,) * len(cookies))
         return self.says(worker, message, [cookie + 1000 for cookie in cookies])
 
     def release(self, worker: int, cookie: int, epoch: int = 0) -> list[events.Effect]:
@@ -205,7 +205,7 @@ def every_message(worker: int) -> list[messages.Message]:
         messages.AcceptOffAck(number=1),
         messages.Gathered(shared=()),
         messages.Frozen(batch=1),
-        messages.Welcome(wire=1, generation=1, names=[], application="", app_dir="", options={}),
+        messages.Welcome(wire=1, generation=1, names={}, application="", app_dir="", options={}),
         *(messages.Staged(total=total) for total in (0, 2, 99)),
         messages.AcceptOn(moving=False),
         messages.MoveOver(),
@@ -788,6 +788,67 @@ def test_roll_back_narrated() -> None:
     assert story.sent(1)[0] == messages.MoveOver()
     assert story.killed == {replacement}
     assert all(story.standing(cookie) == (1, Standing.SERVED) for cookie in (10, 11, 12, 20))
+
+
+def test_a_roll_back_closes_what_came_by_an_added_listener() -> None:
+    """The incumbent has no such listener: the replacement ends these in the orderly way, and they are counted."""
+    story = Story()
+    replacement = story.to_moving(10, move="rolling", added=frozenset({5}))
+    story.lend(replacement, 20)
+    story.lend(replacement, 21, 22, listener=5)
+    story.handle(TimerFired("change"))
+    assert story.sent_one(replacement, messages.Freeze).cookie == (20,)
+    assert story.sent_one(replacement, messages.Push) == messages.Push(
+        cookie=(21, 22), act=(messages.Act.CLOSE,) * 2, pushed=(b"", b"")
+    )
+    story.frozen(replacement, 20)
+    story.adopted(1, 20)
+    story.off(1)
+    story.lend(replacement, 23, listener=5)  # it was on its way
+    story.release(replacement, 21)
+    story.off(replacement)
+    assert (story.result.outcome, story.result.closed, story.result.lost) == (Outcome.ROLLED_BACK, 3, 0)
+    assert story.result.ended == 0
+    assert story.sent_one(replacement, messages.Push).cookie == (23,)
+    assert story.sent_one(replacement, messages.Commit)  # it sends what is unsent, and goes when both have ended
+    assert story.standing(22) == (replacement, Standing.SERVED)
+
+
+def test_what_was_to_be_closed_and_is_lost_is_counted_lost() -> None:
+    """Each connection once: the replacement was killed before it could end it."""
+    story = Story()
+    replacement = story.to_moving(10, move="rolling", added=frozenset({5}))
+    story.lend(replacement, 21, listener=5)
+    story.handle(TimerFired("change"))
+    story.dies(replacement)
+    assert (story.result.closed, story.result.lost) == (0, 1)
+
+
+def test_a_parked_connection_of_an_added_listener_goes_to_no_incumbent() -> None:
+    """Nobody serves it: the holder itself closes it."""
+    story = Story()
+    replacement = story.to_moving(10, move="rolling", added=frozenset({5}))
+    story.lend(replacement, 21, listener=5)
+    ledger = story.machine.ledger
+    ledger.freeze(21)
+    ledger.frozen(replacement, 21, 0, messages.Record())
+    story.handle(TimerFired("change"))
+    assert story.of(events.Close) == [events.Close(1021)]
+    story.off(replacement)
+    assert (story.result.closed, story.result.lost) == (1, 0)
+
+
+def test_a_committed_listener_is_one_like_any_other() -> None:
+    """Its connections move, and come back, once the incumbent has it too."""
+    story = Story()
+    replacement = story.to_moving(10, move="rolling", added=frozenset({5}))
+    story.lend(replacement, 21, listener=5)
+    story.off(1)
+    story.release(1, 10)
+    assert (story.result.outcome, story.result.closed) == (Outcome.DONE, 0)
+    story.reload(move="rolling")
+    story.all_ready()
+    assert story.machine.ledger.entries[21].moving.staged_in == max(story.machine.holdings.workers)
 
 
 def test_rolling_back_freezes_nothing_more_of_the_incumbent() -> None:

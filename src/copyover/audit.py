@@ -39,7 +39,7 @@ def look(name: str) -> View:
     told = _ask(name)
     _check_network(told["listeners"])
     listeners = _listeners(told)
-    return View(listeners, _held(told), _dump(listeners, is_everywhere=False), told["counters"])
+    return View(listeners, _held(told), _dump(told, is_everywhere=False), told["counters"])
 
 
 def compare(name: str, before: View | None = None) -> Account:
@@ -69,7 +69,7 @@ def compare(name: str, before: View | None = None) -> Account:
         if not (found.missing or found.unheld) or time.monotonic() > deadline_s:
             break
         # A dump walks tables that change meanwhile and may miss a row; and TPROXY gives connections other ports.
-        sockets = _dump(later.listeners, is_everywhere=turn >= TURNS_AT_OUR_PORTS)
+        sockets = _dump(told, is_everywhere=turn >= TURNS_AT_OUR_PORTS)
     return found
 
 
@@ -115,8 +115,10 @@ def _held(told: dict[str, Any]) -> dict[int, Held]:
     return dict(zip(columns["connection"], map(Held._make, rows), strict=True))
 
 
-def _dump(listeners: Iterable[Listening], *, is_everywhere: bool) -> dict[int, Socket]:
-    return sockdiag.dump({(each.family, 0 if is_everywhere else each.port) for each in listeners})
+def _dump(told: dict[str, Any], *, is_everywhere: bool) -> dict[int, Socket]:
+    """Return the kernel's sockets where we listen, and where removed listeners have left connections."""
+    places = [(row["family"], row["port"]) for row in told["listeners"]] + [tuple(place) for place in told["former"]]
+    return sockdiag.dump({(family, 0 if is_everywhere else port) for family, port in places})
 
 
 def _check_network(listeners: Iterable[dict[str, Any]]) -> None:

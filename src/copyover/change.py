@@ -61,6 +61,7 @@ class Change:
             kept=len(move.kept),
             ended=move.ended,
             lost=move.lost,
+            closed=len(move.closed),
             kept_reasons=tuple(itertools.islice(move.kept.items(), KEPT_SHOWN)),
             pauses_us=tuple(move.pauses_us),
             phases_ms=self.phases_ms,

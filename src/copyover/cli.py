@@ -191,6 +191,9 @@ def _explain_reload(result: dict[str, Any], name: str) -> None:
             f"pause p50 {pause['p50']:.1f} ms, p99 {pause['p99']:.1f} ms, max {pause['max']:.1f} ms",
             err=True,
         )
+        for change, listed in result["listeners"].items():
+            for listener in listed:
+                click.echo(f"  {change}: listener {listener['name']} at {listener['address']}", err=True)
         for kept in result["kept"]:
             click.echo(f"  kept: connection {kept['connection']}: {kept['reason']}", err=True)
         return

@@ -46,7 +46,7 @@ class Config:
 
     app: str = _key("module:attribute of the handler, Application or factory", validator=instance_of(str))
     name: str = _key("the holder's name", reloadable=False, default="default", validator=min_len(1))
-    listen: tuple[str, ...] = _key("addresses, each [NAME=]ADDRESS", reloadable=False, default=("127.0.0.1:8000",))
+    listen: tuple[str, ...] = _key("addresses, each [NAME=]ADDRESS", default=("127.0.0.1:8000",))
     workers: int = _key("interpreters of a generation", default=1, validator=ge(1))
     python: str | None = _key("the release's interpreter; else .venv/bin/python, else the holder's own", default=None)
     chdir: str = _key("the release's directory; a symlink is followed anew at each reload", default=".")
@@ -143,8 +143,10 @@ def load(file: str | None, flags: Mapping[str, Any]) -> Config:
     if "app" not in values:
         raise ConfigError("is missing: name the application as module:attribute", key="app", file=file)
     config = Config(**values)
-    if not config.addresses:
-        raise ConfigError("names no address", key="listen", file=file, line=_line_of("listen", text))
+    names = [address.name for address in config.addresses]
+    if not names or len(set(names)) != len(names):
+        what = f"has one name twice among {', '.join(names)}" if names else "names no address"
+        raise ConfigError(what, key="listen", file=file, line=_line_of("listen", text))
     return config
 
 

@@ -101,7 +101,8 @@ def show_status(found: dict[str, Any]) -> None:
         highlight=False,
     )
     for listener in found["listeners"]:
-        screen.print(f"  listens on {listener['address']}", highlight=False)
+        state = "" if listener["state"] == "serving" else f" ({listener['state']})"
+        screen.print(f"  listens on {listener['address']}{state}", highlight=False, markup=False)
     for blocking in phase["blocked_by"]:
         who = f"connection {blocking['connection']}" if "connection" in blocking else f"worker {blocking['worker']}"
         screen.print(f"  waits for {who}: {blocking['reason']}", highlight=False)

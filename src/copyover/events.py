@@ -46,6 +46,7 @@ class Reload:
     bake_s: float = 0.0
     needs_health: bool = False  # commit only after a health command has succeeded
     is_one_way: bool = False  # states that the incumbent cannot read are no reason to refuse
+    added: frozenset[int] = frozenset()  # the listeners that the incumbent does not have
     is_remembered: bool = False  # a SIGHUP while another change is under way is done after it, once
 
 
@@ -102,6 +103,7 @@ class Report:
     is_leaving: bool
     rows: Sequence[Row]
     tombstones: Sequence[int]
+    listeners: frozenset[int] = frozenset()  # the numbers of those that it knows by name
 
 
 @attrs.frozen
@@ -214,6 +216,7 @@ class Result:
     kept: int = 0
     ended: int = 0
     lost: int = 0
+    closed: int = 0
     kept_reasons: tuple[tuple[int, str], ...] = ()
     pauses_us: tuple[int, ...] = ()
     phases_ms: dict[str, float] = attrs.field(factory=dict)

@@ -82,6 +82,7 @@ class Holdings:
         self.generation = 0
         self.wanted = 0  # workers of the serving generation
         self.kept: dict[int, str] = {}  # what lives on in a retiring generation, and why
+        self.withdrawn: set[int] = set()  # listeners that a roll-back took away: who came by them is served by nobody
         self.counters: collections.Counter[str] = collections.Counter()
         self.failures = 0
         self.effects: list[events.Effect] = []
@@ -197,6 +198,8 @@ class Holdings:
             record = event.recovered.get(entry.cookie)
             if entry.cookie in event.ended:
                 ended.append(entry.cookie)
+            elif record is not None and entry.listener in self.withdrawn:
+                self.close(entry.cookie)
             elif record is not None:
                 parked.append(self._recover(entry, record))
             elif entry.cookie not in event.recovered and self.ledger.has_record(entry):
@@ -375,6 +378,10 @@ class Holdings:
         """Nobody can serve it any more; its client is told."""
         self.drop(self._end(self.ledger.lose(cookie), events.Reset))
         self.counters["lost"] += 1
+
+    def close(self, cookie: int) -> None:
+        """Nobody has a listener for it any more; its client gets FIN, as far as it left nothing unread."""
+        self.drop(self._end(self.ledger.lose(cookie), events.Close))
 
     def _end(self, ending: Ending, effect: type[events.Close | events.Reset]) -> list[tuple[int, int]]:
         self.effects.append(effect(ending.descriptor))

@@ -6,22 +6,25 @@ It binds and closes; what is accepted from them is the workers' business.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import grp
 import os
 import re
+import select
 import socket
 import stat
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit
 
 import attrs
 
 from copyover.errors import AddressInUse, BadAddress, PermissionRefused
+from copyover.sockets import drop_new_clients
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable
 
 BACKLOG = 4096
 ON_CRASH = ("reset", "resume")  # what becomes of connections that cannot go on exactly when their worker is killed
@@ -44,10 +47,13 @@ class Address:
 
 @attrs.frozen
 class Listener:
+    """A listening socket. *address* is what it was asked for; a service manager's has none."""
+
     name: str
     socket: socket.socket
     path: str | None = None
-    on_crash: str | None = None
+    address: Address | None = None
+    file: tuple[int, int] | None = None  # device and inode of its socket file
 
     @property
     def url(self) -> str:
@@ -116,9 +122,9 @@ def _parse_unix(name: str, url: str) -> Address:
     )
 
 
-def bind(address: Address) -> Listener:
+def bind(address: Address, *, is_successor: bool = False) -> Listener:
     """
-    Listen on *address*.
+    Listen on *address*; the *is_successor* of a unix socket of ours gets its path later, by take_place.
 
     Accepted sockets inherit the options: TCP_NODELAY, and SO_OOBINLINE, without which an urgent byte would hide how
     many bytes are unread. tcp(7)
@@ -130,13 +136,10 @@ def bind(address: Address) -> Listener:
 
     """
     if address.path is not None:
-        return Listener(address.name, _bind_unix(address, address.path), address.path, address.on_crash)
-    try:
-        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (socket.gaierror, UnicodeError) as problem:  # UnicodeError: a label that no DNS name can have
-        why = problem.strerror if isinstance(problem, OSError) else problem
-        raise BadAddress(f"the host of {address.name!r} cannot be found: {why}") from problem
-    family, kind, protocol, _, where = found[0]
+        sock = _bind_unix(address, address.path, is_successor=is_successor)
+        file = _file_at(sock.getsockname() if is_successor else address.path)
+        return Listener(address.name, sock, address.path, address, file)
+    family, kind, protocol, where = _resolve(address)
     sock = socket.socket(family, kind, protocol)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -147,7 +150,31 @@ def bind(address: Address) -> Listener:
     except OSError as problem:
         sock.close()
         raise _in_words(problem, address) from problem
-    return Listener(address.name, sock, on_crash=address.on_crash)
+    return Listener(address.name, sock, address=address)
+
+
+def _resolve(address: Address) -> tuple[int, int, int, tuple[Any, ...]]:
+    try:
+        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (socket.gaierror, UnicodeError) as problem:  # UnicodeError: a label that no DNS name can have
+        why = problem.strerror if isinstance(problem, OSError) else problem
+        raise BadAddress(f"the host of {address.name!r} cannot be found: {why}") from problem
+    family, kind, protocol, _, where = found[0]
+    return family, kind, protocol, where
+
+
+def is_at(listener: Listener, address: Address) -> bool:
+    """
+    Whether a TCP listener listens where *address* says, whatever its name.
+
+    Raises:
+        BadAddress: the host does not exist.
+
+    """
+    if address.path is not None or listener.socket.family == socket.AF_UNIX:
+        return False
+    family, _, _, where = _resolve(address)
+    return family == listener.socket.family and where == listener.socket.getsockname()
 
 
 def _prepare(sock: socket.socket) -> None:
@@ -158,9 +185,9 @@ def _prepare(sock: socket.socket) -> None:
     sock.setblocking(False)
 
 
-def _bind_unix(address: Address, path: str) -> socket.socket:
+def _bind_unix(address: Address, path: str, *, is_successor: bool) -> socket.socket:
     """Bind under a temporary name and rename: no moment at which clients find nothing."""
-    if _somebody_listens(path):
+    if not is_successor and _somebody_listens(path):
         raise AddressInUse(f"another process listens on {path}; stop it first, or choose another path")
     temporary = f"{path}.{os.getpid()}"
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -171,7 +198,8 @@ def _bind_unix(address: Address, path: str) -> socket.socket:
         if address.group is not None:
             os.chown(temporary, -1, grp.getgrnam(address.group).gr_gid)
         _prepare(sock)
-        Path(temporary).rename(path)
+        if not is_successor:
+            Path(temporary).rename(path)
     except KeyError as problem:
         sock.close()
         Path(temporary).unlink()
@@ -236,17 +264,78 @@ def take_passed() -> list[Listener]:
     return taken
 
 
-def close_all(listeners: Sequence[Listener]) -> None:
+def recognise(name: str, sock: socket.socket, address: Address | None) -> Listener:
+    """Make a listener of what another process of ours has bound; *address* is what that name is asked for now."""
+    if address is None:
+        return Listener(name, sock)
+    if address.path is not None:
+        is_same = sock.family == socket.AF_UNIX and str(sock.getsockname()).startswith(f"{address.path}.")
+        return Listener(name, sock, address.path, address, _file_at(address.path)) if is_same else Listener(name, sock)
+    asked = address if address.port or sock.family == socket.AF_UNIX else _with_port(address, sock)
+    try:
+        is_same = is_at(Listener(name, sock), asked)
+    except BadAddress:  # the name service is away: the listener is there all the same
+        is_same = False
+    return Listener(name, sock, address=address if is_same else None)
+
+
+def _with_port(address: Address, sock: socket.socket) -> Address:
+    return attrs.evolve(address, port=sock.getsockname()[1])
+
+
+def _file_at(path: str) -> tuple[int, int] | None:
+    try:
+        found = Path(path).lstat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def take_place(listener: Listener) -> None:
+    """Give a successor the path that it was bound for: from now on clients find it there."""
+    if listener.path is not None and os.path.lexists(listener.socket.getsockname()):
+        Path(listener.socket.getsockname()).rename(listener.path)
+
+
+def turn_away(listener: Listener) -> None:
+    """Let nobody connect any more; whoever waits in the backlog can still be accepted."""
+    if listener.socket.family == socket.AF_UNIX:
+        _remove_file(listener)
+    else:
+        drop_new_clients(listener.socket)
+
+
+def has_waiting(listener: Listener) -> bool:
+    """Whether somebody waits in the backlog."""
+    poll = select.poll()
+    poll.register(listener.socket, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def end(listener: Listener) -> None:
+    """
+    Listen no more, nor does any worker that has a copy: closing ours alone would leave theirs.
+
+    Who waits in the backlog of a TCP listener is reset.
+    """
+    _remove_file(listener)
+    with contextlib.suppress(OSError):  # it was ended before
+        listener.socket.shutdown(socket.SHUT_RDWR)
+    listener.socket.close()
+
+
+def close_all(listeners: Iterable[Listener]) -> None:
+    """Close our copies; what a service manager passed goes on listening for its next holder."""
     for listener in listeners:
-        # The path may be a successor's by now: it is removed only while it is this very socket's.
-        if listener.path is not None and not _was_replaced(listener.path, listener.socket):
-            Path(listener.path).unlink(missing_ok=True)
+        _remove_file(listener)
         listener.socket.close()
 
 
-def _was_replaced(path: str, ours: socket.socket) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        if probe.connect_ex(path) != 0:
-            return True
-        # The bound name is the temporary one; a successor's name has another process id.
-        return bool(probe.getpeername() != ours.getsockname())
+def _remove_file(listener: Listener) -> None:
+    """Unlink the socket file while it is this very socket's: the path may be a successor's by now."""
+    if listener.file is None or listener.path is None:
+        return
+    for path in (listener.path, listener.socket.getsockname()):  # a successor may not have taken its place yet
+        # Our inode lives as long as our socket: no other file has its number. unix(7)
+        if _file_at(path) == listener.file:
+            Path(path).unlink(missing_ok=True)

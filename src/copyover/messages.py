@@ -299,7 +299,7 @@ class Attach(Message):
     shares: bool = rare(bool)
     is_committed: bool = rare(bool)
     is_leaving: bool = rare(bool)  # it retires, or stops
-    names: list[str] = rare(list)  # of the listeners
+    names: dict[str, str] = rare(dict)  # as in welcome
     listener: tuple[int, ...] = column("H")
 
 
@@ -328,13 +328,13 @@ class Viewed(Message):
 
 @attrs.frozen(kw_only=True)
 class Welcome(Message):
-    """The listeners, one descriptor a row, and what to run."""
+    """The listeners to accept from, one descriptor a row, and what to run."""
 
     KIND: ClassVar[int] = 32
     CARRIES_DESCRIPTORS: ClassVar[bool] = True
     wire: int = rare(int)
     generation: int = rare(int)
-    names: list[str] = rare(list)  # of the listeners
+    names: dict[str, str] = rare(dict)  # of all listeners that a connection may be of, by their numbers
     application: str = rare(str)
     app_dir: str = rare(str)
     options: dict[str, Any] = rare(dict)  # loop, limits; unknown keys are ignored

@@ -42,6 +42,7 @@ class Move:
         self.moved = 0
         self.ended = 0
         self.lost = 0
+        self.closed: set[int] = set()  # accepted from an added listener that a roll-back takes away again
         self.kept: dict[int, str] = {}
         self.given_back = 0
         self.pauses_us: list[int] = []
@@ -244,10 +245,14 @@ class Move:
         """Give parked connections to whom the direction wants; nobody alive, they stay; nobody fit, they are lost."""
         per_target: dict[int, list[Entry]] = {}
         for entry in parked:
-            target = self._destination(entry)
+            target = None if self._has_no_listener(entry) else self._destination(entry)
             if target is not None:
                 self.open.add(entry.cookie)
                 per_target.setdefault(target, []).append(entry)
+            elif self._has_no_listener(entry):
+                self.closed.add(entry.cookie)
+                self._holdings.close(entry.cookie)
+                self._settled(entry.cookie)
             elif self.living_incumbents() or self.living_replacements():
                 self._holdings.lose(entry.cookie)
                 self.note_lost([entry.cookie])
@@ -260,6 +265,8 @@ class Move:
     def _destination(self, entry: Entry) -> int | None:
         passage = entry.moving
         sides = [self.living_replacements(), self.living_incumbents()]
+        if entry.listener in self._asked.added:
+            sides.pop()  # the incumbent does not know its listener
         if self.is_backwards or passage.kept_because is not None:
             sides.reverse()
         for side in sides:
@@ -309,6 +316,7 @@ class Move:
     def note_lost(self, cookies: Iterable[int]) -> None:
         for cookie in cookies:
             self.lost += 1
+            self.closed.discard(cookie)
             self.kept.pop(cookie, None)
             self._settled(cookie)
 
@@ -330,6 +338,7 @@ class Move:
     def turn_back(self) -> None:
         """The replacement freezes what it has; the incumbent thaws it, and accepts again."""
         self.is_backwards = True
+        self._holdings.withdrawn |= self._asked.added
         for incumbent in self.living_incumbents():
             incumbent.queue.clear()
             self._holdings.admit(incumbent.id)
@@ -344,15 +353,34 @@ class Move:
 
     def freeze_replacements(self) -> None:
         """Freeze what the replacement serves or was given; what it refused to give back stays there."""
+        self._close_without_listener()
         for replacement in self.living_replacements():
             cookies = [
                 entry.cookie
                 for entry in self._ledger.of(replacement.id)
-                if entry.standing in (Standing.SERVED, Standing.THAWING) and entry.moving.kept_because is None
+                if entry.standing in (Standing.SERVED, Standing.THAWING)
+                and entry.moving.kept_because is None
+                and not self._has_no_listener(entry)
             ]
             self.open.update(cookies)
             for chunk in chunks(cookies, messages.MAX_ROWS):
                 self._freeze(replacement, chunk, is_cut=False)
+
+    def _has_no_listener(self, entry: Entry) -> bool:
+        """Whether a roll-back took its listener away: the incumbent has none of that number, and never will."""
+        return entry.listener in self._holdings.withdrawn
+
+    def _close_without_listener(self) -> None:
+        """Let the replacement end these by itself: what is unsent, then FIN."""
+        for replacement in self.living_replacements():
+            cookies = [
+                entry.cookie
+                for entry in self._ledger.of(replacement.id)
+                if self._has_no_listener(entry) and entry.cookie not in self.closed
+            ]
+            self.closed.update(cookies)
+            for chunk in chunks(cookies, messages.MAX_ROWS):
+                self._holdings.push(replacement.id, [(cookie, messages.Act.CLOSE, b"") for cookie in chunk])
 
     @property
     def is_back(self) -> bool:
@@ -369,6 +397,7 @@ class Move:
     def turn_forward(self) -> None:
         """Rolling back, the incumbent died: who lives serves."""
         self.is_backwards = False
+        self._holdings.withdrawn -= self._asked.added
         self.is_together = False
         self.place_all()
         for replacement in self.living_replacements():

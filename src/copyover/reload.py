@@ -117,9 +117,10 @@ class Machine:
         # Timers of the dead holder's freezes still run in the workers: batches are numbered beyond all of its.
         holdings.number_on(max(holdings.workers) + 1, batch=int(self._now_s * 1000) + 1)
         holdings.generation, holdings.wanted = finding.serving, asked.workers
+        holdings.withdrawn |= finding.withdrawn
         holdings.note("reunited", generation=finding.serving, workers=len(event.reports), connections=len(self.ledger))
         if finding.unfinished:
-            self._roll_back_unfinished(attrs.evolve(asked, generation=finding.unfinished), finding)
+            self._roll_back_unfinished(attrs.evolve(asked, generation=finding.unfinished, added=finding.added), finding)
         else:
             self._settle_reunion(asked)
 
@@ -469,6 +470,7 @@ class Machine:
             kept=result.kept,
             ended=result.ended,
             lost=result.lost,
+            closed=result.closed or None,
             error=result.error,
         )
         if self._stop_wanted is not None:

@@ -27,10 +27,12 @@ _STANDINGS = {Doing.SERVES: Standing.SERVED, Doing.WAITS: Standing.THAWING, Doin
 
 @attrs.frozen
 class Finding:
-    """Which generation serves, and the replacement of a change that was under way, 0 if there was none."""
+    """Which generation serves; the replacement of a change that was under way, or 0, and the listeners it added."""
 
     serving: int
     unfinished: int = 0
+    added: frozenset[int] = frozenset()
+    withdrawn: frozenset[int] = frozenset()  # what the serving generation does not know
 
 
 def find(reports: Sequence[Report]) -> Finding:
@@ -41,9 +43,16 @@ def find(reports: Sequence[Report]) -> Finding:
         return Finding(max(report.generation for report in reports))
     newest = generations[-1]
     is_committed = any(report.is_committed for report in staying if report.generation == newest)
+    known = _known(reports)
     if is_committed or len(generations) == 1:
-        return Finding(newest)
-    return Finding(generations[-2], newest)
+        return Finding(newest, withdrawn=known - _known(reports, newest))
+    unknown = known - _known(reports, generations[-2])
+    return Finding(generations[-2], newest, _known(reports, newest) & unknown, unknown)
+
+
+def _known(reports: Iterable[Report], generation: int | None = None) -> frozenset[int]:
+    sought = (report.listeners for report in reports if generation in (None, report.generation))
+    return frozenset[int]().union(*sought)
 
 
 def take(holdings: Holdings, reports: Sequence[Report]) -> None:

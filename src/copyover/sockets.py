@@ -1,5 +1,5 @@
 """
-What the kernel knows and does about one socket: its identity, how it fares, its true reset.
+What the kernel knows and does about one socket: its identity, how it fares, its true reset, who may still connect.
 
 It keeps nothing.
 """
@@ -29,6 +29,18 @@ _SO_NETNS_COOKIE = 71  # Linux 5.14
 _TCP_CLOSE = 7
 _TCPI_SEGS_IN = 140  # struct tcp_info, linux/tcp.h
 _AF_UNSPEC_ADDRESS = struct.pack("=H14x", socket.AF_UNSPEC)
+_SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27  # asm-generic/socket.h. socket(7)
+# Classic BPF sees a packet from its TCP header on, for IPv4 and IPv6 alike; byte 13 has the flags.
+_DROP_PURE_SYNS = b"".join(
+    struct.pack("=HBBI", *instruction)
+    for instruction in (
+        (0x30, 0, 0, 13),  # load byte 13
+        (0x54, 0, 0, 0x12),  # keep SYN and ACK of it
+        (0x15, 0, 1, 0x02),  # SYN alone?
+        (0x06, 0, 0, 0),  # then drop the packet
+        (0x06, 0, 0, 0xFFFFFFFF),  # else take all of it
+    )
+)
 
 
 def cookie_of(sock: socket.socket) -> int:
@@ -147,6 +159,37 @@ def reset_and_close(descriptor: int) -> None:
     """Tell the peer of a descriptor of ours with a true RST, and close it."""
     with socket.socket(fileno=descriptor) as sock, contextlib.suppress(OSError):
         reset(sock)  # it fails where the peer's own reset came first
+
+
+def drop_new_clients(listener: socket.socket) -> None:
+    """
+    Let nobody begin a handshake with a TCP listener; whoever is in the backlog, or has begun, still comes to accept.
+
+    It holds for all who have the socket. socket(7), SO_ATTACH_FILTER
+    """
+    program = ctypes.create_string_buffer(_DROP_PURE_SYNS, len(_DROP_PURE_SYNS))
+    count = len(_DROP_PURE_SYNS) // 8
+    listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HP", count, ctypes.addressof(program)))
+
+
+def drops_new_clients(listener: socket.socket) -> bool:
+    """Whether drop_new_clients was called, by anybody who has the socket. socket(7), SO_GET_FILTER"""
+    return bool(listener.getsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, 1024))
+
+
+def take_new_clients(listener: socket.socket) -> None:
+    """Undo drop_new_clients."""
+    listener.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
+
+
+def place_of_descriptor(descriptor: int) -> tuple[int, int]:
+    """Return the family of a borrowed descriptor, and our port; 0 for a unix socket."""
+    sock = socket.socket(fileno=descriptor)
+    try:
+        name = sock.getsockname()
+        return int(sock.family), name[1] if isinstance(name, tuple) else 0
+    finally:
+        sock.detach()
 
 
 def peer_of_descriptor(descriptor: int) -> str | None:

@@ -25,6 +25,7 @@ from copyover.config import Config  # noqa: TC001  # cattrs reads the annotation
 from copyover.errors import ChangeRefused, IllegalEvent
 from copyover.holdings import Holdings, Strength, Worker
 from copyover.ledger import Standing
+from copyover.listeners import Address  # noqa: TC001  # the same
 from copyover.messages import Hello  # noqa: TC001  # the same
 from copyover.release import Release  # noqa: TC001  # the same
 from copyover.reload import Machine
@@ -52,6 +53,7 @@ class Held:
     next_batch: int
     counters: dict[str, int]
     kept: list[tuple[int, str]]
+    withdrawn: list[int]
     workers: list[Worker]
     entries: dict[str, bytes]
 
@@ -112,9 +114,22 @@ class Desk:
 
 @attrs.frozen(kw_only=True)
 class Listener:
+    number: int
     name: str
     descriptor: int
     path: str | None
+    address: Address | None
+    file: tuple[int, int] | None
+    removed_s: float | None  # when it was removed; its backlog is being served
+
+
+@attrs.frozen(kw_only=True)
+class Listeners:
+    """All listeners, and the names of all that there ever were."""
+
+    listeners: list[Listener]
+    names: list[tuple[int, str, str | None]]  # number, name, and what is to become of connections at a crash
+    are_passed: bool
 
 
 @attrs.frozen(kw_only=True)
@@ -143,7 +158,7 @@ class Estate:
     protocol_errors: int
     timers: dict[str, float]
     desk: Desk
-    listeners: list[Listener]
+    listening: Listeners
     generations: list[tuple[int, Generation]]
     previous: Generation | None
     hands: list[Hand]
@@ -154,7 +169,7 @@ class Estate:
         yield self.lock
         yield self.desk.control
         yield from (caller.descriptor for caller in self.desk.callers)
-        yield from (listener.descriptor for listener in self.listeners)
+        yield from (listener.descriptor for listener in self.listening.listeners)
         for hand in self.hands:
             yield from (hand.pidfd, hand.channel, hand.slots)
             if hand.tail is not None:
@@ -192,6 +207,7 @@ def hold(holdings: Holdings) -> Held:
         next_batch=next(holdings.batches),
         counters=dict(holdings.counters),
         kept=list(holdings.kept.items()),
+        withdrawn=sorted(holdings.withdrawn),
         workers=list(holdings.workers.values()),
         entries={
             name: struct.pack(f"<{len(entries)}{code}", *[getattr(entry, name) for entry in entries])
@@ -215,7 +231,7 @@ def revive(held: Held, capacity: int) -> Machine:
     holdings.worker_numbers = itertools.count(held.next_worker)
     holdings.batches = itertools.count(held.next_batch)
     holdings.counters.update(held.counters)
-    holdings.kept = dict(held.kept)
+    holdings.kept, holdings.withdrawn = dict(held.kept), set(held.withdrawn)
     holdings.workers = {worker.id: worker for worker in held.workers}
     if set(held.entries) != set(COLUMNS):
         raise ChangeRefused(f"the state has the columns {', '.join(held.entries)}, not {', '.join(COLUMNS)}")
@@ -256,11 +272,12 @@ def check(estate: Estate) -> None:
         _check_versions(hand)
     if machine.holdings.generation not in generations:
         raise ChangeRefused(f"the state does not have generation {machine.holdings.generation}, which serves")
-    places = {entry.listener for entry in machine.ledger.entries.values()}
-    if places and max(places) >= len(estate.listeners):
-        raise ChangeRefused(
-            f"the state has a connection of listener {max(places)}, and {len(estate.listeners)} of them"
-        )
+    names = estate.listening.names
+    numbers = {entry.listener for entry in machine.ledger.entries.values()}
+    numbers |= {listener.number for listener in estate.listening.listeners}
+    unknown = numbers.difference(number for number, _, _ in names)
+    if unknown:
+        raise ChangeRefused(f"the state has a connection of listener {min(unknown)}, which has no name in it")
     descriptors = list(estate.descriptors())
     if len(set(descriptors)) != len(descriptors):
         raise ChangeRefused("the state names one descriptor twice")

@@ -82,6 +82,11 @@ class ReloadResult:
         return int(self.answer["connections"]["lost"])
 
     @property
+    def closed(self) -> int:
+        """How many came by a listener that a roll-back took away again."""
+        return int(self.answer["connections"]["closed"])
+
+    @property
     def pause_ms(self) -> dict[str, float]:
         """The pauses of the moved connections: p50, p99, max."""
         return dict(self.answer["pause_ms"])
@@ -110,7 +115,7 @@ class ReloadResult:
             AssertionError: the reload went through, or connections were lost.
 
         """
-        if self.exit_code != 3 or self.outcome not in ("refused", "rolled-back") or self.lost:
+        if self.exit_code not in (3, 12, 13, 14) or self.outcome not in ("refused", "rolled-back") or self.lost:
             raise AssertionError(f"the reload exited with {self.exit_code}:\n{self.answer}\n{self.stderr}")
         return self
 

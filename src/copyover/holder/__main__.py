@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 from copyover import config as configs
 from copyover import directory as directories
-from copyover import events, listeners, process
-from copyover.errors import ConfigError, CopyoverError, HolderExists, UsageError
+from copyover import events, process
+from copyover.errors import CopyoverError, HolderExists, UsageError
 from copyover.holder import control, takeover, upgrade
 from copyover.holder.daemon import Daemon, capacity_for
+from copyover.holder.listening import Listening
 from copyover.holder.requests import Requests
 from copyover.reload import Machine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from copyover.config import Config
     from copyover.directory import Directory
 
 
@@ -37,18 +37,17 @@ def main(arguments: Sequence[str]) -> int:
     with the number of a descriptor that has such a state.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    bound: Sequence[listeners.Listener] = []
+    listening = Listening()
     try:
         match arguments:
             case ["--check", memfd]:
                 return upgrade.check(int(memfd))
             case ["--resume", memfd]:
-                daemon, begin = upgrade.resume(int(memfd))
+                daemon, begin = upgrade.resume(int(memfd), listening)
             case [told]:
-                daemon, begin = _boot(json.loads(told))
+                daemon, begin = _boot(json.loads(told), listening)
             case _:
                 raise UsageError("copyover.holder is started by: copyover run")
-        bound = daemon.listeners
         gc.collect()
         gc.freeze()
         code = daemon.run(Requests(daemon).answer, begin)
@@ -56,30 +55,28 @@ def main(arguments: Sequence[str]) -> int:
         print(f"copyover: {problem}", file=sys.stderr)  # noqa: T201
         return problem.exit_code
     finally:
-        listeners.close_all(bound)
+        listening.close()
     if daemon.failure is not None:
         print(f"copyover: {daemon.failure}", file=sys.stderr)  # noqa: T201
     return code
 
 
-def _boot(told: dict[str, Any]) -> tuple[Daemon, Callable[[], None]]:
+def _boot(told: dict[str, Any], listening: Listening) -> tuple[Daemon, Callable[[], None]]:
     """Make a holder that has nothing yet; its first generation is to be started when it runs."""
     config = configs.load(told["file"], told["flags"])
     directory = directories.of(config.name)
     directories.prepare(directory)
     lock = _take_lock(directory, config.name)
     machine = Machine(capacity_for(process.raise_descriptor_limit()))
-    left = takeover.gather(directory, config)
-    bound = _listen(config) if left is None else left.listeners
-    try:
-        sock = control.listen(directory)
-    except CopyoverError:
-        listeners.close_all(bound)
-        raise
+    left = takeover.gather(directory)
     if left is None:
+        listening.begin(config.addresses)
         directories.draw_key(directory)
+    else:
+        listening.adopt(left.listeners, left.names, left.serving, config.addresses)
+    sock = control.listen(directory)
     instance = uuid.uuid4().hex if left is None else left.instance
-    daemon = Daemon(told, config, machine, lock=lock, control_socket=sock, listeners=bound, instance=instance)
+    daemon = Daemon(told, config, machine, lock=lock, control_socket=sock, listening=listening, instance=instance)
     if left is None:
         return daemon, lambda: daemon.ask_reload(events.BY_BOOT)
     return daemon, lambda: daemon.take_over(left.hands, left.releases, left.reports)
@@ -93,24 +90,6 @@ def _take_lock(directory: Directory, name: str) -> int:
         if exists.pid is None or not takeover.end_stalled(directory, exists.pid):
             raise
     return directories.take_lock(directory, name)
-
-
-def _listen(config: Config) -> list[listeners.Listener]:
-    """Take what the service manager passed, else bind what was asked for."""
-    bound = listeners.take_passed()
-    if bound:
-        return bound
-    try:
-        for address in config.addresses:
-            bound.append(listeners.bind(address))  # those bound before a failure are closed
-    except CopyoverError:
-        listeners.close_all(bound)
-        raise
-    names = [listener.name for listener in bound]
-    if len(set(names)) != len(names):
-        listeners.close_all(bound)
-        raise ConfigError(f"has one name twice among {', '.join(names)}", key="listen")
-    return bound
 
 
 if __name__ == "__main__":

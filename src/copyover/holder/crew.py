@@ -21,13 +21,13 @@ from copyover.holder.recovery import Orphan, SlotFile, is_current, recover
 from copyover.ledger import Standing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from copyover.channel import Packet
     from copyover.config import Config
+    from copyover.holder.listening import Listening
     from copyover.holder.loop import Loop
-    from copyover.listeners import Listener
     from copyover.release import Release
     from copyover.reload import Machine
 
@@ -64,7 +64,7 @@ class Crew:
         self,
         loop: Loop,
         machine: Machine,
-        listeners: Sequence[Listener],
+        listening: Listening,
         directory: Path,
         *,
         environment: dict[str, str],
@@ -72,7 +72,7 @@ class Crew:
         settle: Callable[[], None],
     ) -> None:
         self._loop = loop
-        self._listeners = listeners
+        self._listening = listening
         self._directory = directory
         self._environment = environment
         self._machine = machine
@@ -171,12 +171,13 @@ class Crew:
             message = packet.message
             if hand.hello is None:
                 options = self.generations[hand.generation].config.worker_options
-                hand.welcome(messages.expect(message, messages.Hello), self._listeners, options)
+                listeners, names = self._listening.of(hand.generation), self._listening.names_for(hand.generation)
+                hand.welcome(messages.expect(message, messages.Hello), listeners, names, options)
                 return
             if isinstance(message, messages.Ready):
                 hand.ready = message
             if isinstance(message, messages.Lend):
-                check_lend(message, packet.descriptors, listeners=len(self._listeners))
+                check_lend(message, packet.descriptors, listeners=self._listening.names)
             self._tell(events.FromWorker(hand.worker, message, packet.take()))
 
     def break_with(self, worker: int) -> None:
@@ -243,7 +244,7 @@ class Crew:
     def _policy(self, listener: int) -> str:
         generation = self.generations.get(self._machine.holdings.generation)
         default = generation.config.on_crash if generation else "reset"
-        return self._listeners[listener].on_crash or default
+        return self._listening.policies.get(listener) or default
 
     # ---- what they wrote
 

@@ -25,6 +25,7 @@ from copyover.holder import control, report
 from copyover.holder.crew import Crew, Generation
 from copyover.holder.hand import environment, notify
 from copyover.holder.health import Health
+from copyover.holder.listening import Changes
 from copyover.holder.loop import Loop
 from copyover.release import pin
 from copyover.sockets import reset_and_close
@@ -35,13 +36,14 @@ if TYPE_CHECKING:
 
     from copyover.config import Config
     from copyover.holder.hand import Hand
-    from copyover.listeners import Listener
+    from copyover.holder.listening import Listening
     from copyover.release import Release
     from copyover.reload import Machine
 
 log = logging.getLogger("copyover.holder")
 
 PROGRESS_S = 0.05
+LISTENERS_S = 0.25  # how often the backlog of a removed listener is looked at
 RESERVED_DESCRIPTORS = 1024  # listeners, channels, callers, and lends under way when the holder is full
 
 
@@ -68,14 +70,14 @@ class Daemon:
         *,
         lock: int,
         control_socket: socket.socket,
-        listeners: Sequence[Listener],
+        listening: Listening,
         instance: str,
     ) -> None:
         self.told = told
         self.config = config
         self.machine = machine
         self.lock = lock
-        self.listeners = listeners
+        self.listening = listening
         self.instance = instance
         self.loop = Loop(self.settle)
         self._events: collections.deque[events.Event] = collections.deque()
@@ -84,7 +86,7 @@ class Daemon:
         self.crew = Crew(
             self.loop,
             machine,
-            listeners,
+            listening,
             directory.path,
             environment=self._environment,
             tell=self._events.append,
@@ -217,6 +219,8 @@ class Daemon:
             try:
                 config = attrs.evolve(pinned.config if pinned else self._read_settings(), **(wishes or {}))
                 release = pinned.release if pinned else pin(config)
+                referenced = {entry.listener for entry in self.machine.ledger.entries.values()}
+                self.listening.propose(generation, config.addresses, referenced)
             except CopyoverError as problem:
                 self._refuse_reload(asker, problem)
                 return
@@ -224,8 +228,7 @@ class Daemon:
             self.crew.generations[generation] = Generation(release, config)
         self._events.append(self._reload_event(asker, generation, config, is_one_way=is_one_way))
 
-    @staticmethod
-    def _reload_event(asker: int, generation: int, config: Config, *, is_one_way: bool = False) -> events.Reload:
+    def _reload_event(self, asker: int, generation: int, config: Config, *, is_one_way: bool = False) -> events.Reload:
         return events.Reload(
             asker=asker,
             generation=generation,
@@ -239,6 +242,7 @@ class Daemon:
             bake_s=config.bake_s,
             needs_health=config.health is not None,
             is_one_way=is_one_way,
+            added=self.listening.added(generation),
             is_remembered=asker == events.BY_SIGNAL,
         )
 
@@ -253,6 +257,7 @@ class Daemon:
             self.crew.attend(hand)
         asked = self._reload_event(events.BY_SIGNAL, self.newest, self.config)
         self._events.append(events.Reunited(asked, reports))
+        self.end_served_listeners()
         self._say_ready()
 
     def cancel(self, reason: str) -> None:
@@ -289,7 +294,8 @@ class Daemon:
         has_failed = result.outcome in (events.Outcome.REFUSED, events.Outcome.ROLLED_BACK)
         if has_failed and result.to_generation != result.serving_generation:
             tail = self.crew.last_words(result.to_generation)
-        answer = report.result_object(result, self.crew.hands, tail)
+        changes = self._settle_listeners(result)
+        answer = report.result_object(result, self.crew.hands, tail, changes)
         if result.outcome is not events.Outcome.BUSY:
             self.last_reload = answer
         if result.outcome is events.Outcome.DONE:
@@ -310,6 +316,22 @@ class Daemon:
                 self.desk.reply(caller, {"result": answer | {"exit_code": report.cancel_code(result)}}, is_last=True)
             self.cancelling.clear()
 
+    def _settle_listeners(self, result: events.Result) -> Changes:
+        """Let the listeners follow the change, as it ended."""
+        if result.outcome is events.Outcome.DONE:
+            changes = self.listening.commit(result.to_generation, time.monotonic())
+            self.end_served_listeners()
+            return changes
+        if result.to_generation != result.serving_generation:
+            self.listening.withdraw(result.to_generation)
+        return Changes()
+
+    def end_served_listeners(self) -> None:
+        """Close the removed listeners that are served, and look again later if any is left."""
+        self.listening.end_served(time.monotonic())
+        if self.listening.ending:
+            self.loop.set_timer("listeners", LISTENERS_S, self.end_served_listeners)
+
     def _booted(self, result: events.Result, answer: dict[str, Any]) -> None:
         if result.outcome is events.Outcome.DONE:
             self._say_ready()
@@ -321,7 +343,7 @@ class Daemon:
         self.crew.end_all()
 
     def _say_ready(self) -> None:
-        where = ",".join(listener.url for listener in self.listeners)
+        where = ",".join(listener.url for listener in self.listening.live.values())
         with contextlib.suppress(OSError):  # nobody may read it any more
             print(f"ready name={self.config.name} pid={os.getpid()} listen={where}", flush=True)  # noqa: T201
         notify("READY=1")

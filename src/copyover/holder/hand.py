@@ -27,7 +27,7 @@ from copyover.holder.recovery import SlotFile
 from copyover.sockets import cookie_of_descriptor
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Container, Mapping, Sequence
 
     from copyover.channel import Packet
     from copyover.directory import Directory
@@ -202,9 +202,15 @@ class Hand:
     def pid(self) -> int:
         return self.child.pid
 
-    def welcome(self, hello: messages.Hello, listeners: Sequence[Listener], options: dict[str, Any]) -> None:
+    def welcome(
+        self,
+        hello: messages.Hello,
+        listeners: Mapping[int, Listener],
+        names: Mapping[int, str],
+        options: dict[str, Any],
+    ) -> None:
         """
-        Answer its hello with what it is to run.
+        Answer its hello with what it is to run, the *listeners* to accept from, and the *names* of these and others.
 
         Raises:
             ChangeRefused: it speaks no wire or record version of ours.
@@ -223,13 +229,13 @@ class Hand:
             messages.Welcome(
                 wire=version,
                 generation=self.generation,
-                names=[listener.name for listener in listeners],
+                names={str(number): name for number, name in names.items()},
                 application=self.release.application,
                 app_dir=self.release.app_dir,
                 options=options,
-                listener=tuple(range(len(listeners))),
+                listener=tuple(listeners),
             ),
-            [listener.socket.fileno() for listener in listeners],
+            [listener.socket.fileno() for listener in listeners.values()],
         )
 
     def _pip_command(self) -> str:
@@ -272,7 +278,7 @@ class Hand:
             self.tail = None
 
 
-def check_lend(message: messages.Lend, descriptors: Sequence[int], *, listeners: int) -> None:
+def check_lend(message: messages.Lend, descriptors: Sequence[int], *, listeners: Container[int]) -> None:
     """
     See that each lent descriptor is the connection that it is said to be, of a listener that there is.
 
@@ -280,8 +286,9 @@ def check_lend(message: messages.Lend, descriptors: Sequence[int], *, listeners:
         WireError: it is another, or no socket at all.
 
     """
-    if any(place >= listeners for place in message.listener):
-        raise WireError(f"a lent connection is of listener {max(message.listener)}, there are {listeners}")
+    unknown = [number for number in message.listener if number not in listeners]
+    if unknown:
+        raise WireError(f"a lent connection is of listener {unknown[0]}, which there never was")
     check_cookies(message.cookie, descriptors)
 
 

@@ -8,28 +8,35 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import attrs
+
 from copyover.change import Phase
+from copyover.errors import AddressInUse, BadAddress, PermissionRefused
 from copyover.events import Outcome, Result
 from copyover.holdings import Strength
 from copyover.ledger import Standing
-from copyover.sockets import cookie_of, network_of, plight_of_descriptor
+from copyover.sockets import cookie_of, network_of, place_of_descriptor, plight_of_descriptor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from copyover.holder.hand import Hand
+    from copyover.holder.listening import Changes
     from copyover.ledger import Entry
     from copyover.listeners import Listener
     from copyover.reload import Machine
 
 SCHEMA = 1
 BLOCKING_SHOWN = 10
+_ADDRESS_CODES = frozenset(kind.exit_code for kind in (AddressInUse, PermissionRefused, BadAddress))
 
 
 def exit_code(result: Result) -> int:
     """Return what ``reload`` exits with: the truth about this change."""
     if result.lost:
         return 4
+    if result.outcome is Outcome.REFUSED and result.status in _ADDRESS_CODES:
+        return result.status
     return {Outcome.DONE: 0, Outcome.BUSY: 5}.get(result.outcome, 3)
 
 
@@ -38,7 +45,7 @@ def cancel_code(result: Result) -> int:
     return 4 if result.lost else 3 if result.outcome is Outcome.DONE else 0
 
 
-def result_object(result: Result, hands: Mapping[int, Hand], tail: Sequence[str]) -> dict[str, Any]:
+def result_object(result: Result, hands: Mapping[int, Hand], tail: Sequence[str], changes: Changes) -> dict[str, Any]:
     """Return the object of ``reload --json``."""
     return {
         "schema": SCHEMA,
@@ -46,7 +53,8 @@ def result_object(result: Result, hands: Mapping[int, Hand], tail: Sequence[str]
         "exit_code": exit_code(result),
         "generation": {"from": result.from_generation, "to": result.to_generation},
         "serving_generation": result.serving_generation,
-        "connections": {"moved": result.moved, "kept": result.kept, "ended": result.ended, "lost": result.lost},
+        "connections": {name: getattr(result, name) for name in ("moved", "kept", "ended", "lost", "closed")},
+        "listeners": attrs.asdict(changes),
         "kept": [{"connection": cookie, "reason": reason} for cookie, reason in result.kept_reasons],
         "pause_ms": percentiles(result.pauses_us),
         "phases_ms": result.phases_ms,
@@ -63,6 +71,8 @@ def _error(result: Result, hands: Mapping[int, Hand]) -> str | None:
     pids = [str(hand.pid) for hand in hands.values() if hand.generation == result.serving_generation]
     served = "every connection" if result.lost == 0 else "the others"
     lost = f"; {result.lost} connections were lost" if result.lost else ""
+    if result.closed:
+        lost += f"; {result.closed} connections of listeners that it had added were closed"
     if not pids:
         return f"{result.error}{lost}; no worker of generation {result.serving_generation} lives, it is being restarted"
     return f"{result.error}{lost}; generation {result.serving_generation} (pid {', '.join(pids)}) still serves {served}"
@@ -160,7 +170,7 @@ def connection_object(entry: Entry, machine: Machine, listener: str, peer: str |
     }
 
 
-def ledger_object(machine: Machine, listeners: Sequence[Listener], only: object) -> dict[str, Any]:
+def ledger_object(machine: Machine, listeners: Mapping[int, Listener], only: object) -> dict[str, Any]:
     """
     Return what an audit compares with the kernel's account: the ledger in columns, thousands of rows long.
 
@@ -181,8 +191,11 @@ def ledger_object(machine: Machine, listeners: Sequence[Listener], only: object)
     }
     if type(only) is list:
         columns["plight"] = [plight_of_descriptor(entry.descriptor, entry.cookie) for entry in chosen]
+    # Connections outlive their listener: where they are must be looked for, too.
+    former = {entry.listener: entry.descriptor for entry in entries.values() if entry.listener not in listeners}
     return {
-        "listeners": [_listener_object(listener) for listener in listeners],
+        "listeners": [{"number": number, **_listener_object(listener)} for number, listener in listeners.items()],
+        "former": [place_of_descriptor(descriptor) for descriptor in former.values()],
         "counters": {key: machine.holdings.counters[key] for key in ("accepted", "ended", "expired", "lost")},
         "connections": columns,
     }

@@ -111,7 +111,7 @@ class Requests:
 
     def _ledger(self, caller: int, request: dict[str, Any]) -> None:
         daemon = self._daemon
-        self._tell(caller, report.ledger_object(daemon.machine, daemon.listeners, request.get("connections")))
+        self._tell(caller, report.ledger_object(daemon.machine, daemon.listening.all(), request.get("connections")))
 
     def _stop(self, caller: int, _: dict[str, Any]) -> None:
         self._tell(caller, {"pid": os.getpid()})
@@ -130,16 +130,17 @@ class Requests:
             "uptime_s": round(now_s - daemon.started_s, 3),
             "is_serving": report.is_serving(daemon.machine),
             **report.status(daemon.machine, daemon.crew.hands, now_s=now_s, deadline_s=deadline_s),
-            "listeners": [{"name": listener.name, "address": listener.url} for listener in daemon.listeners],
+            "listeners": [
+                {"name": listed.name, "address": listed.address, "state": state}
+                for listed, state in daemon.listening.listed()
+            ],
             "last_reload": daemon.last_reload,
         }
 
     def _connections(self) -> dict[str, Any]:
-        machine, listeners = self._daemon.machine, self._daemon.listeners
+        machine, names = self._daemon.machine, self._daemon.listening.names
         rows = [
-            report.connection_object(
-                entry, machine, listeners[entry.listener].name, peer_of_descriptor(entry.descriptor)
-            )
+            report.connection_object(entry, machine, names[entry.listener], peer_of_descriptor(entry.descriptor))
             for entry in machine.ledger.entries.values()
         ]
         return {"connections": rows}

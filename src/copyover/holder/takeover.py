@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from copyover import directory as directories
-from copyover import events, listeners, messages, process, wire
+from copyover import events, messages, process, reunion, wire
 from copyover.channel import Channel
 from copyover.errors import ChannelClosed, WireError
 from copyover.holder.hand import Hand, check_cookies
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from copyover.config import Config
     from copyover.directory import Directory
 
 log = logging.getLogger("copyover.holder")
@@ -52,7 +51,7 @@ class Arrival:
     attach: messages.Attach | None = None
     rows: list[events.Row] = attrs.field(factory=list)
     tombstones: tuple[int, ...] = ()
-    listeners: dict[int, tuple[str, int]] = attrs.field(factory=dict)  # by id: name and descriptor
+    listeners: dict[int, int] = attrs.field(factory=dict)  # descriptors, by number
     is_complete: bool = False
     is_dead: bool = False
 
@@ -158,9 +157,7 @@ class Gathering:
             channel.send(messages.Recall(wire=version))
         elif arrival.attach is None:
             arrival.attach = messages.expect(message, messages.Attach)
-            arrival.listeners = dict(
-                zip(arrival.attach.listener, zip(arrival.attach.names, descriptors, strict=True), strict=True)
-            )
+            arrival.listeners = dict(zip(arrival.attach.listener, descriptors, strict=True))
             if not hmac.compare_digest(arrival.attach.key.encode(), self._key.encode()):
                 raise WireError("it does not know the key of this name")
         elif isinstance(message, messages.View):
@@ -201,7 +198,7 @@ def _forget(arrival: Arrival, channel: Channel) -> None:
     channel.close()
     for row in arrival.rows:
         os.close(row.descriptor)
-    for _, descriptor in arrival.listeners.values():
+    for descriptor in arrival.listeners.values():
         os.close(descriptor)
     arrival.channel = arrival.hello = arrival.attach = None
     arrival.rows, arrival.listeners = [], {}
@@ -212,16 +209,22 @@ def _forget(arrival: Arrival, channel: Channel) -> None:
 
 @attrs.frozen
 class Inheritance:
-    """What the workers of the dead holder brought: themselves, their reports, and the listeners."""
+    """
+    What the workers of the dead holder brought: themselves, their reports, and the listeners.
+
+    *names* has all listeners that any of them knows, *serving* the numbers of those that the serving generation has.
+    """
 
     instance: str
     hands: list[Hand]
     releases: dict[int, Release]  # by generation
     reports: list[events.Report]
-    listeners: list[listeners.Listener]
+    listeners: dict[int, socket.socket]
+    names: dict[int, str]
+    serving: set[int]
 
 
-def gather(directory: Directory, config: Config) -> Inheritance | None:
+def gather(directory: Directory) -> Inheritance | None:
     """
     Hear the workers that the last holder of the name has left; None if none of them lives.
 
@@ -234,7 +237,8 @@ def gather(directory: Directory, config: Config) -> Inheritance | None:
         path.unlink(missing_ok=True)
     if not arrivals:
         return None
-    ports: dict[int, tuple[str, int]] = {}
+    found: dict[int, socket.socket] = {}
+    names: dict[int, str] = {}
     hands, reports = [], []
     releases: dict[int, Release] = {}
     for arrival in arrivals:
@@ -242,13 +246,25 @@ def gather(directory: Directory, config: Config) -> Inheritance | None:
         hands.append(hand)
         reports.append(report)
         releases[hand.generation] = hand.release
-        for number, (name, descriptor) in arrival.listeners.items():
-            if number in ports:
+        names |= _names(arrival)
+        for number, descriptor in arrival.listeners.items():
+            if number in found:
                 os.close(descriptor)
             else:
-                ports[number] = (name, descriptor)
+                found[number] = socket.socket(fileno=descriptor)
     instance = hands[0].hello.instance if hands[0].hello else ""
-    return Inheritance(instance, hands, releases, reports, _listeners(ports, config))
+    generation = reunion.find(reports).serving
+    serving = {
+        number
+        for hand, arrival in zip(hands, arrivals, strict=True)
+        if hand.generation == generation
+        for number in arrival.listeners
+    }
+    return Inheritance(instance, hands, releases, reports, found, names, serving)
+
+
+def _names(arrival: Arrival) -> dict[int, str]:
+    return {} if arrival.attach is None else {int(number): name for number, name in arrival.attach.names.items()}
 
 
 def _made_of(arrival: Arrival) -> tuple[Hand, events.Report]:
@@ -277,19 +293,9 @@ def _made_of(arrival: Arrival) -> tuple[Hand, events.Report]:
         attach.is_leaving,
         arrival.rows,
         arrival.tombstones,
+        frozenset(_names(arrival)),
     )
     return hand, report
-
-
-def _listeners(ports: Mapping[int, tuple[str, int]], config: Config) -> list[listeners.Listener]:
-    addresses = {address.name: address for address in config.addresses}
-    found = []
-    for number in sorted(ports):
-        name, descriptor = ports[number]
-        address = addresses.get(name)
-        path, on_crash = (address.path, address.on_crash) if address else (None, None)
-        found.append(listeners.Listener(name, socket.socket(fileno=descriptor), path, on_crash))
-    return found
 
 
 # ---- a holder that lives and does nothing

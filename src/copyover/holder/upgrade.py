@@ -29,10 +29,11 @@ from copyover.holder import report
 from copyover.holder.crew import Generation
 from copyover.holder.daemon import Daemon, capacity_for
 from copyover.holder.hand import Tail, notify
-from copyover.listeners import Listener
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from copyover.holder.listening import Listening
 
 log = logging.getLogger("copyover.holder")
 
@@ -217,10 +218,7 @@ class Upgrade:
             protocol_errors=daemon.crew.protocol_errors,
             timers=daemon.loop.deadlines_s(),
             desk=daemon.desk.left(),
-            listeners=[
-                succession.Listener(name=one.name, descriptor=one.socket.fileno(), path=one.path)
-                for one in daemon.listeners
-            ],
+            listening=daemon.listening.left(),
             generations=generations,
             previous=None if daemon.previous is None else daemon.previous.left(),
             hands=hands,
@@ -276,7 +274,7 @@ def check(memfd: int) -> int:
     return 0
 
 
-def resume(memfd: int) -> tuple[Daemon, Callable[[], None]]:
+def resume(memfd: int, listening: Listening) -> tuple[Daemon, Callable[[], None]]:
     """
     Go on from the state that is in *memfd*: return the holder, and what is to be done when it runs.
 
@@ -289,6 +287,7 @@ def resume(memfd: int) -> tuple[Daemon, Callable[[], None]]:
     estate = succession.decode(data)
     for descriptor in estate.descriptors():
         os.set_inheritable(descriptor, False)
+    listening.inherit(estate.listening)
     machine = succession.revive(estate.held, capacity_for(process.raise_descriptor_limit()))
     daemon = Daemon(
         estate.told,
@@ -296,7 +295,7 @@ def resume(memfd: int) -> tuple[Daemon, Callable[[], None]]:
         machine,
         lock=estate.lock,
         control_socket=socket.socket(fileno=estate.desk.control),
-        listeners=[Listener(one.name, socket.socket(fileno=one.descriptor), one.path) for one in estate.listeners],
+        listening=listening,
         instance=estate.instance,
     )
     daemon.newest, daemon.started_s, daemon.last_reload = estate.newest, estate.started_s, estate.last_reload
@@ -320,6 +319,7 @@ def _begin(daemon: Daemon, departure: succession.Departure) -> None:
     """Take signals again, also those that came meanwhile, and answer who asked."""
     signal.pthread_sigmask(signal.SIG_SETMASK, departure.signals_blocked)
     process.reap_orphans()
+    daemon.end_served_listeners()
     away_ms = round((time.monotonic() - departure.left_s) * 1000, 3)
     versions = (departure.copyover, copyover.__version__)
     log.info("event=upgraded from=%s to=%s connections=%d away_ms=%.1f", *versions, len(daemon.machine.ledger), away_ms)

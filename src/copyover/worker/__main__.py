@@ -65,10 +65,8 @@ def main() -> None:
         make_loop, loop_name = _loop_factory(str(welcome.options.get("loop", "auto")))
     except CopyoverError as problem:
         _fail(channel, problem)
-    listeners = [
-        (welcome.names[place], socket.socket(fileno=descriptor))
-        for place, descriptor in zip(welcome.listener, descriptors, strict=True)
-    ]
+    numbered = zip(welcome.listener, descriptors, strict=True)
+    listeners = {number: socket.socket(fileno=descriptor) for number, descriptor in numbered}
     with asyncio.Runner(loop_factory=make_loop) as runner:
         ready = messages.Ready(
             application=welcome.application,
@@ -86,7 +84,7 @@ def main() -> None:
 async def _serve(  # noqa: PLR0917  # each is used once, here
     channel: Channel,
     application: Application[Any],
-    listeners: list[tuple[str, socket.socket]],
+    listeners: dict[int, socket.socket],
     ready: messages.Ready,
     equipment: Equipment,
     stderr: int,
@@ -147,7 +145,7 @@ def _identity(
         shares=ready.shares,
         is_committed=False,
         is_leaving=False,
-        names=[],
+        names=welcome.names,
     )
     return Identity(path, hello, attach)
 

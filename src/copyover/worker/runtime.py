@@ -62,7 +62,7 @@ class Runtime:
         loop: asyncio.AbstractEventLoop,
         channel: Channel,
         application: Application[Any],
-        listeners: Sequence[tuple[str, socket.socket]],
+        listeners: dict[int, socket.socket],
         equipment: Equipment,
     ) -> None:
         self._loop = loop
@@ -71,9 +71,10 @@ class Runtime:
         self._seeker = Seeker(loop, equipment.identity, self._attach)
         self._channel: Channel | None = channel
         self._application = application
-        self._names = [name for name, _ in listeners]
-        self._listeners = [listener for _, listener in listeners]
-        self._acceptor = Acceptor(loop, self._listeners, self._accepted)
+        # Of the listeners; of some there are connections only.
+        self._names = {int(number): name for number, name in self._identity.attach.names.items()}
+        self._numbers: dict[int, int] = {}  # of the listener that each connection came by
+        self._acceptor = Acceptor(loop, listeners, self._accepted)
         self._limits = equipment.limits
         self._agent = Agent()
         self._connections: dict[int, Connection[Any]] = {}
@@ -162,17 +163,15 @@ class Runtime:
             self._identity.attach,
             is_committed=self._agent.is_committed,
             is_leaving=self._agent.is_leaving,
-            names=self._names,
-            listener=tuple(range(len(self._names))),
+            listener=tuple(self._acceptor.listeners),
         )
-        self.send(attach, [listener.fileno() for listener in self._listeners])
+        self.send(attach, [listener.fileno() for listener in self._acceptor.listeners.values()])
         records = {}
         for cookie in self._agent.waiting():
             connection = self._connections[cookie]
             state = self._application.encode_state(connection.state)
             records[cookie] = connection.export(schema=self._application.schema, state=state)
-        places = {cookie: self._names.index(connection.listener) for cookie, connection in self._connections.items()}
-        self._perform(self._agent.recalled(records, places))
+        self._perform(self._agent.recalled(records, self._numbers))
 
     def _on_backlog(self, is_full: bool) -> None:  # noqa: FBT001
         if self._channel is None:
@@ -266,18 +265,24 @@ class Runtime:
 
     # ---- fresh connections
 
-    def _accepted(self, place: int, socks: list[socket.socket]) -> None:
+    def _accepted(self, listener: int, socks: list[socket.socket]) -> None:
         """Lend them, before the first read of any."""
         self._flush_ended()
-        fresh = [self._build(sock, cookie_of(sock), self._names[place]) for sock in socks]
+        fresh = [self._build(sock, cookie_of(sock), listener) for sock in socks]
         for connection in fresh:
             self._take_slot(connection, 0, messages.Record(flags=messages.RecordFlag.FRESH))
-        self._perform(self._agent.accepted([connection.cookie for connection in fresh], place))
+        self._perform(self._agent.accepted([connection.cookie for connection in fresh], listener))
 
-    def _build(self, sock: socket.socket, cookie: int, listener: str) -> Connection[Any]:
+    def _build(self, sock: socket.socket, cookie: int, number: int) -> Connection[Any]:
+        self._numbers[cookie] = number
         transport = Transport(self._loop, sock)
         connection: Connection[Any] = Connection(
-            self._loop, transport, cookie=cookie, listener=listener, limits=self._limits, forward=self._forward
+            self._loop,
+            transport,
+            cookie=cookie,
+            listener=self._names[number],
+            limits=self._limits,
+            forward=self._forward,
         )
         transport.on_closed = lambda: self._closed(connection)
         self._connections[cookie] = connection
@@ -347,6 +352,7 @@ class Runtime:
             how = messages.How.RESET
         connection.leave_slot()
         self._connections.pop(connection.cookie, None)
+        self._numbers.pop(connection.cookie, None)
         self._tasks.pop(connection.cookie, None)
         if not self._ended:
             self._loop.call_soon(self._flush_ended)
@@ -363,7 +369,7 @@ class Runtime:
         if not self._is_leaving:
             log.info("event=retiring connections=%d", len(self._connections))
         self._is_leaving = True
-        self._acceptor.switch(is_on=False)
+        self._acceptor.close()
         self._loop.call_later(drain_s, self._end_all, messages.How.EXPIRED)
         self._leave_if_done()
 
@@ -406,12 +412,13 @@ class Runtime:
     # ---- the move
 
     def _build_staged(self, cookies: tuple[int, ...], listeners: tuple[int, ...]) -> None:
-        for cookie, place, descriptor in zip(cookies, listeners, self._incoming, strict=True):
-            listener = self._listeners[place]
-            sock = socket.socket(listener.family, listener.type, listener.proto, fileno=descriptor)
+        for cookie, listener, descriptor in zip(cookies, listeners, self._incoming, strict=True):
+            sock = socket.socket(fileno=descriptor)
+            if listener not in self._names:
+                raise WireError(f"connection {cookie} was staged as one of listener {listener}, which has no name here")
             if cookie_of(sock) != cookie:
                 raise WireError(f"what was staged as connection {cookie} is connection {cookie_of(sock)}")
-            self._build(sock, cookie, self._names[place])
+            self._build(sock, cookie, listener)
         self._incoming = []
 
     def _halt(self, cookies: tuple[int, ...]) -> list[int]:
@@ -492,7 +499,7 @@ class Runtime:
         """Somebody else has served it meanwhile: the coroutine that waits here is of the past."""
         self._put_to_sleep(stale.cookie)
         stale.leave_slot()
-        return self._build(stale.transport.socket, stale.cookie, stale.listener)
+        return self._build(stale.transport.socket, stale.cookie, self._numbers[stale.cookie])
 
     def _serve(self, cookies: tuple[int, ...], *, is_cut: bool) -> None:
         entering = []
@@ -515,6 +522,7 @@ class Runtime:
         for cookie in cookies:
             connection = self._connections.pop(cookie)
             connection.leave_slot()
+            del self._numbers[cookie]
             connection.transport.on_closed = _nothing
             connection.transport.close()
             self._put_to_sleep(cookie)
