@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from copyover import events, messages, process
+from copyover.channel import RETRY_S, Backlog
 from copyover.errors import ChangeRefused, ChannelClosed, CopyoverError, WireError
 from copyover.holder.hand import Hand, check_lend
 
@@ -81,12 +82,16 @@ class Crew:
         self._loop.watch(hand.channel, lambda: self._receive(hand))
         if hand.tail is not None:
             self._loop.watch(hand.tail, lambda: self._read_tail(hand))
-        hand.channel.on_backlog = lambda is_full: self._watch_channel(hand, is_full=is_full)
+        hand.channel.on_backlog = lambda backlog: self._watch_channel(hand, backlog)
         log.info("event=started worker=%d pid=%d generation=%d", worker, hand.pid, generation)
 
-    def _watch_channel(self, hand: Hand, *, is_full: bool) -> None:
-        mask = selectors.EVENT_READ | (selectors.EVENT_WRITE if is_full else 0)
+    def _watch_channel(self, hand: Hand, backlog: Backlog) -> None:
+        mask = selectors.EVENT_READ | (selectors.EVENT_WRITE if backlog is Backlog.FULL else 0)
         self._loop.watch(hand.channel, lambda: self._receive(hand), mask)
+        if backlog is Backlog.SCARCE:
+            self._loop.set_timer(f"flush {hand.worker}", RETRY_S, lambda: self._receive(hand))
+        else:
+            self._loop.cancel_timer(f"flush {hand.worker}")
 
     def forget_generations(self, newest: int) -> None:
         """Keep those that have a worker, and the newest."""
@@ -111,13 +116,17 @@ class Crew:
         except BlockingIOError:
             return
         except ChannelClosed:
-            self._loop.unwatch(hand.channel)  # not its death: that is for the pidfd to say
+            self._stop_hearing(hand)  # not its death: that is for the pidfd to say
         except (WireError, ChangeRefused) as problem:
             log.error("event=refused worker=%d problem=%r", hand.worker, str(problem))  # noqa: TRY400  # a sentence
             self.protocol_errors += 1
             self._tell(events.FromWorker(hand.worker, messages.Failed(reason=str(problem), status=3)))
-            self._loop.unwatch(hand.channel)
+            self._stop_hearing(hand)
             hand.child.kill()
+
+    def _stop_hearing(self, hand: Hand) -> None:
+        self._loop.unwatch(hand.channel)
+        self._loop.cancel_timer(f"flush {hand.worker}")
 
     def _take_packet(self, hand: Hand, packet: Packet) -> None:
         with packet:
@@ -161,7 +170,6 @@ class Crew:
         """Reap, read its channel to the end, and only then say that it is dead."""
         self._loop.unwatch(hand.child)
         how = hand.child.reap()
-        self._loop.unwatch(hand.channel)
         for packet in hand.remaining():
             # The hello of a worker that died at once: there is nobody to welcome, or to refuse.
             with contextlib.suppress(WireError, ChangeRefused):
@@ -173,6 +181,7 @@ class Crew:
         if hand.tail is not None:
             self._loop.unwatch(hand.tail)
         del self.hands[hand.worker]
+        self._stop_hearing(hand)  # only now: what it had sent may have been answered
         hand.close()
         self._tell(events.Died(hand.worker, words))
         self._settle()
