@@ -61,10 +61,14 @@ ROOMS: dict[str, set[str]] = {
         *("holder.hand", "holder.loop"),
     },
     "holder.control": {"directory", "errors"},
-    "holder.report": {"change", "events", "holder.hand", "holdings", "ledger", "reload"},
+    "holder.chronicle": set(),
+    "holder.blocking": {"change", "holder.hand", "holdings", "ledger", "reload", "sockets"},
+    "holder.dump": {"change", "holder.chronicle", "holder.hand", "holdings", "ledger", "reload"},
+    "holder.report": {"change", "events", "holder.blocking", "holder.hand", "holdings", "ledger", "reload"},
     "holder.daemon": {
         *("change", "config", "directory", "errors", "events", "listeners", "reload", "release", "sockets"),
-        *("holder.control", "holder.crew", "holder.hand", "holder.loop", "holder.report"),
+        *("holder.chronicle", "holder.control", "holder.crew", "holder.dump", "holder.hand", "holder.loop"),
+        "holder.report",
     },
     "holder.requests": {"change", "config", "errors", "events", "holder.daemon", "holder.report", "sockets"},
     "holder.__main__": {

@@ -151,7 +151,7 @@ def kinds(found: Sequence[messages.Message]) -> list[str]:
 def picture(value: object) -> object:
     """All that a machine knows, comparable; the effects of its last event are no part of it."""
     if isinstance(value, (Machine, Holdings, Ledger, Change, Move)):
-        skipped = {"effects", "_now_s", "_holdings", "_ledger"}
+        skipped = {"effects", "_now_s", "now_s", "_holdings", "_ledger"}
         return {name: picture(inner) for name, inner in vars(value).items() if name not in skipped}
     if isinstance(value, dict):
         return {key: picture(inner) for key, inner in value.items()}

@@ -103,8 +103,9 @@ def show_status(found: dict[str, Any]) -> None:
     for listener in found["listeners"]:
         screen.print(f"  listens on {listener['address']}", highlight=False)
     for blocking in phase["blocked_by"]:
-        who = f"connection {blocking['connection']}" if "connection" in blocking else f"worker {blocking['worker']}"
-        screen.print(f"  waits for {who}: {blocking['reason']}", highlight=False)
+        screen.print(f"  waits for {_in_words(blocking)}", highlight=False, markup=False)
+        for line in blocking.get("last_lines", ()):
+            screen.print(f"    | {line}", highlight=False, markup=False)
     table = Table("worker", "pid", "generation", "state", "connections", "release", box=None)
     for worker in found["workers"]:
         release = worker["release"] or {}
@@ -117,6 +118,14 @@ def show_status(found: dict[str, Any]) -> None:
         screen.print(f"  last reload: {last['outcome']} ({counts})", highlight=False)
         if last["error"]:
             screen.print(f"  {last['error']}", highlight=False, markup=False)
+
+
+def _in_words(blocking: dict[str, Any]) -> str:
+    who = f"worker {blocking['worker']} (pid {blocking['pid']})"
+    if "connection" in blocking:
+        who = f"connection {blocking['connection']} from {blocking['peer'] or 'a client that has gone'}, {who}"
+    time = "" if blocking["for_s"] is None else f", for {blocking['for_s']:.1f} s"
+    return f"{who}{time}: {blocking['reason']}"
 
 
 def show_connections(found: dict[str, Any]) -> None:

@@ -75,7 +75,7 @@ class Machine:
         transition = self._TRANSITIONS.get((self.phase, key))
         if transition is None:
             raise IllegalEvent(f"{key.__name__} has no transition while {self.phase.value}")
-        self.holdings.effects, self._now_s = [], now_s
+        self.holdings.effects, self._now_s, self.ledger.now_s = [], now_s, now_s
         transition(self, event)
         return self.holdings.effects
 

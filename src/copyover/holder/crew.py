@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import selectors
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
@@ -19,15 +19,13 @@ from copyover.errors import ChangeRefused, ChannelClosed, CopyoverError, WireErr
 from copyover.holder.hand import Hand, check_lend
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from copyover.channel import Packet
     from copyover.config import Config
     from copyover.holder.loop import Loop
     from copyover.listeners import Listener
     from copyover.release import Release
-
-log = logging.getLogger("copyover.holder")
 
 PACKETS_A_TURN = 64
 
@@ -45,7 +43,7 @@ class Crew:
     """
     The worker processes.
 
-    *tell* takes an event; *settle* has it handled, and what that queues.
+    *tell* takes an event; *settle* has it handled, and what that queues; *note* writes down what happened.
     """
 
     def __init__(
@@ -53,14 +51,17 @@ class Crew:
         loop: Loop,
         listeners: Sequence[Listener],
         environment: dict[str, str],
+        *,
         tell: Callable[[events.Event], None],
         settle: Callable[[], None],
+        note: Callable[[str, Mapping[str, Any], int], None],
     ) -> None:
         self._loop = loop
         self._listeners = listeners
         self._environment = environment
         self._tell = tell
         self._settle = settle
+        self._note = note
         self.hands: dict[int, Hand] = {}
         self.generations: dict[int, Generation] = {}
         self.protocol_errors = 0
@@ -74,7 +75,7 @@ class Crew:
         try:
             hand = Hand(worker, generation, self.generations[generation].release, self._environment)
         except (CopyoverError, OSError) as problem:
-            log.error("event=not-started worker=%d problem=%r", worker, str(problem))  # noqa: TRY400  # a sentence
+            self._note("not-started", {"worker": worker, "problem": str(problem)}, logging.ERROR)
             self._tell(events.Died(worker, str(problem)))
             return
         self.hands[worker] = hand
@@ -83,7 +84,7 @@ class Crew:
         if hand.tail is not None:
             self._loop.watch(hand.tail, lambda: self._read_tail(hand))
         hand.channel.on_backlog = lambda backlog: self._watch_channel(hand, backlog)
-        log.info("event=started worker=%d pid=%d generation=%d", worker, hand.pid, generation)
+        self._note("started", {"worker": worker, "pid": hand.pid, "generation": generation}, logging.INFO)
 
     def _watch_channel(self, hand: Hand, backlog: Backlog) -> None:
         mask = selectors.EVENT_READ | (selectors.EVENT_WRITE if backlog is Backlog.FULL else 0)
@@ -118,7 +119,7 @@ class Crew:
         except ChannelClosed:
             self._stop_hearing(hand)  # not its death: that is for the pidfd to say
         except (WireError, ChangeRefused) as problem:
-            log.error("event=refused worker=%d problem=%r", hand.worker, str(problem))  # noqa: TRY400  # a sentence
+            self._note("refused", {"worker": hand.worker, "problem": str(problem)}, logging.ERROR)
             self.protocol_errors += 1
             self._tell(events.FromWorker(hand.worker, messages.Failed(reason=str(problem), status=3)))
             self._stop_hearing(hand)

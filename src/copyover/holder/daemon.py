@@ -21,7 +21,8 @@ from copyover import config as configs
 from copyover import events, reload
 from copyover.change import Phase
 from copyover.errors import CopyoverError, IllegalEvent, UsageError
-from copyover.holder import control, report
+from copyover.holder import control, dump, report
+from copyover.holder.chronicle import Chronicle
 from copyover.holder.crew import Crew, Generation
 from copyover.holder.hand import environment, notify
 from copyover.holder.loop import Loop
@@ -35,9 +36,9 @@ if TYPE_CHECKING:
     from copyover.directory import Directory
     from copyover.listeners import Listener
 
-log = logging.getLogger("copyover.holder")
-
 PROGRESS_S = 0.05
+# Their default action is to end the process. signal(7)
+ENDING_SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 RESERVED_DESCRIPTORS = 1024  # listeners, channels, callers, and lends under way when the holder is full
 
 
@@ -55,13 +56,22 @@ class Daemon:
         self._settings = settings
         self.config = config
         self.listeners = listeners
+        self._directory = directory
         # A connection is a descriptor here, and for a moment another one in each worker's channel.
         capacity = descriptor_limit - min(RESERVED_DESCRIPTORS, descriptor_limit // 2)
-        log.info("event=limits descriptors=%d connections=%d", descriptor_limit, capacity)
+        self.chronicle = Chronicle()
+        self.chronicle.note("limits", {"descriptors": descriptor_limit, "connections": capacity})
         self.machine = reload.Machine(capacity)
         self.loop = Loop(self._settle)
         self._events: collections.deque[events.Event] = collections.deque()
-        self.crew = Crew(self.loop, listeners, environment(uuid.uuid4().hex), self._events.append, self._settle)
+        self.crew = Crew(
+            self.loop,
+            listeners,
+            environment(uuid.uuid4().hex),
+            tell=self._events.append,
+            settle=self._settle,
+            note=self.chronicle.note,
+        )
         self._newest = 0
         self.desk = control.Desk(directory, self.loop.watch, self.loop.unwatch)
         self.waiting: set[int] = set()  # the callers that follow a change
@@ -77,7 +87,7 @@ class Daemon:
     def run(self, answer: Callable[[int, dict[str, Any]], None]) -> int:
         """Serve until stopped, *answer* the operators' requests; return the exit code."""
         self.desk.open(answer)
-        self.loop.catch_signals((signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGCHLD), self._signalled)
+        self.loop.catch_signals((*ENDING_SIGNALS, signal.SIGCHLD), self._signalled)
         self.ask_reload(events.BY_BOOT)
         try:
             while self._exit_code is None:
@@ -86,7 +96,7 @@ class Daemon:
                     self._exit_code = 0
         finally:
             # Python restores the default action while it ends: a second SIGTERM would turn a clean exit into a death.
-            for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
+            for number in ENDING_SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
             self.desk.close()
             self.loop.close()
@@ -103,8 +113,22 @@ class Daemon:
             self.ask_reload(events.BY_SIGNAL)
         elif number in (signal.SIGTERM, signal.SIGINT):
             self.stop()
+        elif number == signal.SIGUSR1:
+            self._dump()
         elif number == signal.SIGCHLD:
             self.crew.reap_orphans()
+
+    def _dump(self) -> None:
+        found = dump.content(self.machine, self.crew.hands, self.loop.timers_left_s())
+        try:
+            path = dump.write(
+                self._directory.path,
+                {"name": self.config.name, "pid": os.getpid(), **found} | {"events": list(self.chronicle.kept)},
+            )
+        except OSError as problem:
+            self.chronicle.note("not-dumped", {"problem": str(problem)}, logging.ERROR)
+        else:
+            self.chronicle.note("dumped", {"path": str(path), "connections": len(self.machine.ledger)})
 
     def stop(self) -> None:
         self._is_asked_to_stop = True
@@ -130,7 +154,7 @@ class Daemon:
 
     def _refuse_event(self, event: events.Event, problem: IllegalEvent) -> None:
         """A worker that breaks the protocol is killed: its word cannot be trusted for any connection."""
-        log.error("event=refused problem=%r", str(problem))
+        self.chronicle.note("refused", {"problem": str(problem)}, logging.ERROR)
         if isinstance(event, events.FromWorker):
             for descriptor in event.descriptors:
                 os.close(descriptor)
@@ -153,8 +177,7 @@ class Daemon:
             case events.SetTimer(name, float() | int() as after_s):
                 self.loop.set_timer(name, after_s, lambda: self._events.append(events.TimerFired(name)))
             case events.Note(name, fields):
-                told = {key: value for key, value in fields.items() if value is not None}
-                log.info("event=%s %s", name, " ".join(f"{key}={_value(value)}" for key, value in told.items()))
+                self.chronicle.note(name, fields)
             case events.Finished(asker, result):
                 self._finished(asker, result)
             case events.AskAgain():
@@ -223,7 +246,8 @@ class Daemon:
         elif asker == events.BY_SIGNAL:
             notify("READY=1")
             if answer["exit_code"]:
-                log.error("event=reload-failed outcome=%s error=%r", answer["outcome"], answer["error"])
+                failed = {"outcome": answer["outcome"], "error": answer["error"]}
+                self.chronicle.note("reload-failed", failed, logging.ERROR)
         else:
             self.waiting.discard(asker)
             self.desk.reply(asker, {"result": answer}, is_last=True)
@@ -240,8 +264,3 @@ class Daemon:
         self._failure = answer["error"]
         self._exit_code = result.status or 3
         self.crew.end_all()
-
-
-def _value(value: object) -> str:
-    text = str(value)
-    return repr(text) if not text or " " in text or '"' in text or "=" in text else text

@@ -72,6 +72,11 @@ class Loop:
     def deadline_s(self, name: str) -> float | None:
         return self._timers[name][0] if name in self._timers else None
 
+    def timers_left_s(self) -> dict[str, float]:
+        """Return the seconds that are left of each timer."""
+        now_s = time.monotonic()
+        return {name: deadline_s - now_s for name, (deadline_s, _) in self._timers.items()}
+
     def _until_next_timer(self) -> float | None:
         if not self._timers:
             return None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from copyover.change import Phase
 from copyover.events import Outcome, Result
+from copyover.holder.blocking import blocked_by
 from copyover.holdings import Strength
 from copyover.ledger import Standing
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from copyover.reload import Machine
 
 SCHEMA = 1
-BLOCKING_SHOWN = 10
 
 
 def exit_code(result: Result) -> int:
@@ -90,7 +90,7 @@ def status(machine: Machine, hands: Mapping[int, Hand], *, now_s: float, deadlin
         "phase": {
             "name": machine.phase.value,
             "deadline_in_s": None if deadline_s is None else round(max(deadline_s - now_s, 0.0), 3),
-            "blocked_by": _blocking(machine),
+            "blocked_by": blocked_by(machine, hands, now_s),
         },
         "workers": [
             {
@@ -125,20 +125,6 @@ def is_serving(machine: Machine) -> bool:
         worker.strength is Strength.READY and worker.generation == machine.holdings.generation
         for worker in machine.holdings.workers.values()
     )
-
-
-def _blocking(machine: Machine) -> list[dict[str, Any]]:
-    """Return who the phase waits for: workers while booting, connections while moving."""
-    change = machine.change
-    if change is None:
-        return []
-    if machine.phase is Phase.BOOTING:
-        booting = [w for w in change.move.replacements if machine.holdings.workers[w].strength is Strength.BOOTING]
-        return [{"worker": worker, "reason": "not ready yet"} for worker in booting[:BLOCKING_SHOWN]]
-    entries = [
-        machine.ledger.entries[c] for c in list(change.move.open)[:BLOCKING_SHOWN] if c in machine.ledger.entries
-    ]
-    return [{"connection": e.cookie, "worker": e.owner, "reason": e.standing.value} for e in entries]
 
 
 def connection_object(entry: Entry, machine: Machine, listener: str, peer: str | None) -> dict[str, Any]:
