@@ -6,6 +6,7 @@ import json
 import os
 import select
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -19,6 +20,8 @@ from clients import DEADLINE_S, Client
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from copyover.testing import Server, Servers
 
 APPS = Path(__file__).parent / "apps"
 
@@ -106,3 +109,77 @@ def test_descriptors_in_flight_are_waited_for_without_haste(strangers_directory:
                 moved = wait_reloaded(strangers_directory, generation=2)["connections"]
                 assert (moved["moved"], moved["lost"]) == (2, 0)
                 assert (early.ask(b"d\n"), waiting.ask(b"e\n")) == (b"d\n", b"e\n")
+
+
+# ---- quotas of a worker
+
+
+def test_a_worker_has_its_quota_of_connections(copyover_server: Servers) -> None:
+    """Clients over it wait in the backlog until others have ended; nobody is refused, and status says why."""
+    server = copyover_server("echo:echo", chdir=APPS, config={"worker_connections": 2})
+    with Client(server.address) as first, Client(server.address) as second:
+        assert (first.ask(b"a\n"), second.ask(b"b\n")) == (b"a\n", b"b\n")
+        (worker,) = server.status()["workers"]
+        assert worker["is_full"]
+        assert server.status()["limits"]["worker_connections"] == 2
+        with Client(server.address) as third:
+            third.send(b"c\n")
+            server.reload().assert_lossless()
+            assert (first.ask(b"d\n"), second.ask(b"e\n")) == (b"d\n", b"e\n")
+            assert third.is_quiet()
+            second.socket.close()
+            assert third.line() == b"c\n"
+            server.configure(worker_connections=None)
+            assert server.reload().assert_lossless().moved == 2
+            with Client(server.address) as fourth:
+                assert (fourth.ask(b"f\n"), third.ask(b"g\n")) == (b"f\n", b"g\n")
+
+
+def test_records_over_a_worker_s_quota_roll_the_move_back(copyover_server: Servers) -> None:
+    """The sentence names the worker and the key; nothing is lost, and a higher quota lets them move."""
+    server = copyover_server("handlers:flood", chdir=APPS, config={"worker_record_bytes": 1 << 20})
+    with Client(server.address) as client:
+        client.send(b"300\n")
+        assert client.receive(8) == b"00000000"
+        result = server.reload()
+        result.assert_refused()
+        assert result.outcome == "rolled-back"
+        assert "worker 1 gave records of" in str(result.error)
+        assert "raise worker_record_bytes" in str(result.error)
+        server.configure(worker_record_bytes=64 << 20)
+        assert server.reload().assert_lossless().moved == 1
+        expected = b"".join(b"%08d" % piece * 8192 for piece in range(300))[8:]
+        assert client.receive(len(expected)) == expected
+
+
+# ---- the OOM killer
+
+
+def oom_scores(server: Server) -> dict[int, int]:
+    """Return each worker's score above the holder's."""
+    pids = {worker["worker"]: worker["pid"] for worker in server.status()["workers"] if worker["pid"] is not None}
+    found = {key: int(Path(f"/proc/{pid}/oom_score_adj").read_text(encoding="ascii")) for key, pid in pids.items()}
+    ours = int(Path(f"/proc/{server.pid}/oom_score_adj").read_text(encoding="ascii"))
+    return {key: score - ours for key, score in found.items()}
+
+
+def test_a_replacement_is_killed_before_the_incumbent_when_memory_runs_out(copyover_server: Servers) -> None:
+    """Until the commit it costs nothing to lose it; from then on it is worth as much as anybody, restarts too."""
+    server = copyover_server("handlers:two_parts", chdir=APPS, config={"boundary_s": 60.0})
+    with Client(server.address) as client:
+        assert client.ask(b"2\n") == b"go on\n"
+        assert oom_scores(server) == {1: 0}
+        server.reload(no_wait=True)
+        while server.status()["phase"]["name"] != "moving":
+            assert server.status()["generation"] == 1
+        assert oom_scores(server) == {1: 0, 2: 500}
+        client.send(b"ok")
+        assert client.line() == b"got ok\n"
+        while server.status()["generation"] != 2:
+            assert server.status()["is_serving"]
+        while 1 in oom_scores(server):
+            continue
+        assert oom_scores(server) == {2: 0}
+        os.kill(server.worker_pids()[0], signal.SIGKILL)
+        while oom_scores(server) != {3: 0}:
+            continue

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 import cattrs
-from attrs.validators import ge, gt, in_, instance_of, le, min_len
+from attrs.validators import ge, gt, in_, instance_of, le, min_len, optional
 
 from copyover import listeners
 from copyover.errors import ConfigError
@@ -61,6 +61,14 @@ class Config:
     message_bytes: int = _key("the longest message of messages() and read_exactly()", default=1 << 20, validator=ge(1))
     unsent_bytes: int = _key("what may be unsent before a client is aborted", default=16 << 20, validator=ge(1))
     record_bytes: int = _key("the largest record that travels", default=32 << 20, validator=ge(1))
+    worker_connections: int | None = _key(
+        "live connections at which a worker stops accepting; else the holder's own limit",
+        default=None,
+        validator=optional(ge(1)),
+    )
+    worker_record_bytes: int = _key(
+        "what the records of one worker's connections may hold in a move", default=1 << 30, validator=ge(1)
+    )
 
     @property
     def worker_options(self) -> dict[str, Any]:

@@ -100,6 +100,17 @@ def show_status(found: dict[str, Any]) -> None:
         f"{live['live']} live connections, {live['kept']} kept in a retiring generation",
         highlight=False,
     )
+    if found["limits"]["is_full"]:
+        screen.print(
+            f"  full: of {found['limits']['connections']} connections that its descriptors allow for; nobody accepts, "
+            "clients wait in the backlog; raise the hard RLIMIT_NOFILE and restart",
+            highlight=False,
+        )
+    for worker in found["workers"]:
+        if worker["is_full"]:
+            quota = found["limits"]["worker_connections"]
+            advice = "raise worker_connections or workers, and reload"
+            screen.print(f"  worker {worker['worker']} has its quota of {quota} connections; {advice}", highlight=False)
     for listener in found["listeners"]:
         screen.print(f"  listens on {listener['address']}", highlight=False)
     for blocking in phase["blocked_by"]:

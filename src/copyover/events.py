@@ -31,6 +31,14 @@ BY_SIGNAL = 0  # nobody waits for the answer
 
 
 @attrs.frozen
+class Quotas:
+    """How much of the holder one worker may take; *connections* None is all that there is."""
+
+    connections: int | None = None
+    record_bytes: int = 1 << 30
+
+
+@attrs.frozen
 class Reload:
     """Somebody asks for a new generation; the answer is a Finished with the same *asker*."""
 
@@ -43,6 +51,7 @@ class Reload:
     boundary_s: float = 5.0
     drain_s: float = 3600.0
     max_retiring: int = 2
+    quotas: Quotas = Quotas()
     is_remembered: bool = False  # a SIGHUP while another change is under way is done after it, once
 
 

@@ -12,12 +12,17 @@ import os
 import resource
 import signal
 import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from copyover.errors import PermissionRefused, PythonNotFound
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+
+EXPENDABLE = 500  # what a process that is not needed yet has above ours
+_HIGHEST_OOM_SCORE = 1000
 
 
 class Child:
@@ -37,6 +42,18 @@ class Child:
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         except ProcessLookupError:
             return  # it is dead and waits to be reaped
+
+    def set_oom_score(self, above_ours: int) -> None:
+        """
+        Make it so much likelier than us to be killed when memory runs out. proc(5), oom_score_adj
+
+        Raises:
+            OSError: this user may not (EACCES), or it is dead.
+
+        """
+        ours = int(Path("/proc/self/oom_score_adj").read_text(encoding="ascii"))
+        theirs = min(ours + above_ours, _HIGHEST_OOM_SCORE)
+        Path(f"/proc/{self.pid}/oom_score_adj").write_text(f"{theirs}\n", encoding="ascii")
 
     def reap(self) -> str:
         """Take its exit status, waiting for it if need be, and say in words how it ended."""

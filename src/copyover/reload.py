@@ -188,7 +188,11 @@ class Machine:
 
     def _frozen(self, event: FromWorker) -> None:
         self._move.frozen(event)
-        self._check()
+        excess = self._move.excess(event.worker)
+        if self.phase is Phase.MOVING and excess is not None:
+            self._roll_back(excess)
+        else:
+            self._check()
 
     def _refused(self, event: FromWorker) -> None:
         self._move.refused(event)
@@ -218,6 +222,7 @@ class Machine:
         self._enter(Phase.SERVING)
         holdings.generation = change.asked.generation
         holdings.wanted = change.asked.workers
+        holdings.quotas = change.asked.quotas
         holdings.failures = 0
         for incumbent in change.move.living_incumbents():
             holdings.retire(incumbent, change.asked.drain_s)

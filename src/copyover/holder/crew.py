@@ -63,8 +63,10 @@ class Crew:
         self._settle = settle
         self._note = note
         self.hands: dict[int, Hand] = {}
+        self._favoured = 0  # the generation that the OOM killer is to spare
         self.generations: dict[int, Generation] = {}
         self.protocol_errors = 0
+        self._is_oom_refused = False
 
     # ---- starting
 
@@ -79,6 +81,8 @@ class Crew:
             self._tell(events.Died(worker, str(problem)))
             return
         self.hands[worker] = hand
+        if generation != self._favoured:
+            self._set_oom_score(hand, process.EXPENDABLE)
         self._loop.watch(hand.child, lambda: self._bury(hand))
         self._loop.watch(hand.channel, lambda: self._receive(hand))
         if hand.tail is not None:
@@ -98,6 +102,21 @@ class Crew:
         """Keep those that have a worker, and the newest."""
         alive = {hand.generation for hand in self.hands.values()} | {newest}
         self.generations = {number: kept for number, kept in self.generations.items() if number in alive}
+
+    def favour(self, generation: int) -> None:
+        """It serves from now on: its workers are no more expendable than the holder."""
+        self._favoured = generation
+        for hand in self.hands.values():
+            if hand.generation == generation:
+                self._set_oom_score(hand, 0)
+
+    def _set_oom_score(self, hand: Hand, above_ours: int) -> None:
+        try:
+            hand.child.set_oom_score(above_ours)
+        except OSError as problem:  # a preference of the kernel's and nothing more
+            if not self._is_oom_refused:
+                self._is_oom_refused = True
+                self._note("oom-score-not-set", {"worker": hand.worker, "problem": str(problem)}, logging.WARNING)
 
     # ---- talking
 

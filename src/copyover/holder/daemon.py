@@ -212,6 +212,7 @@ class Daemon:
                 boundary_s=config.boundary_s,
                 drain_s=config.drain_timeout_s,
                 max_retiring=config.max_retiring,
+                quotas=events.Quotas(config.worker_connections, config.worker_record_bytes),
                 is_remembered=asker == events.BY_SIGNAL,
             )
         )
@@ -241,6 +242,7 @@ class Daemon:
         if result.outcome is events.Outcome.DONE:
             self.config = self.crew.generations[result.to_generation].config
             self.crew.forget_generations(self._newest)
+            self.crew.favour(result.to_generation)
         if asker == events.BY_BOOT:
             self._booted(result, answer)
         elif asker == events.BY_SIGNAL:

@@ -106,6 +106,7 @@ def status(machine: Machine, hands: Mapping[int, Hand], *, now_s: float, deadlin
                 if worker.id in hands
                 else None,
                 "connections": owned[worker.id],
+                "is_full": worker.is_full,
             }
             for worker in machine.holdings.workers.values()
         ],
@@ -115,6 +116,11 @@ def status(machine: Machine, hands: Mapping[int, Hand], *, now_s: float, deadlin
             if machine.phase is not Phase.SERVING
             else 0,
             "kept": len(machine.holdings.kept),
+        },
+        "limits": {
+            "connections": machine.holdings.capacity,
+            "worker_connections": machine.holdings.quotas.connections,
+            "is_full": machine.holdings.is_full,
         },
         "counters": dict(sorted(machine.holdings.counters.items())),
     }
