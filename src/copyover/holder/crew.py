@@ -28,6 +28,11 @@ if TYPE_CHECKING:
     from copyover.release import Release
 
 PACKETS_A_TURN = 64
+REAP_S = 10.0
+UNREAPABLE_ADVICE = (
+    "it was killed and does not end; its connections wait until it does: see its state and wchan in /proc, and which "
+    "disk or network file system does not answer"
+)
 
 
 @attrs.define
@@ -142,7 +147,7 @@ class Crew:
             self.protocol_errors += 1
             self._tell(events.FromWorker(hand.worker, messages.Failed(reason=str(problem), status=3)))
             self._stop_hearing(hand)
-            hand.child.kill()
+            self._kill(hand)
 
     def _stop_hearing(self, hand: Hand) -> None:
         self._loop.unwatch(hand.channel)
@@ -165,15 +170,26 @@ class Crew:
         """It broke the protocol: its word cannot be trusted for any connection."""
         self.protocol_errors += 1
         if worker in self.hands:
-            self.hands[worker].child.kill()
+            self._kill(self.hands[worker])
 
     # ---- ending
 
     def kill(self, worker: int) -> None:
         if worker in self.hands:
-            self.hands[worker].child.kill()
+            self._kill(self.hands[worker])
         elif self._loop.cancel_timer(f"spawn {worker}"):
             self._tell(events.Died(worker, "was not started any more"))
+
+    def _kill(self, hand: Hand) -> None:
+        hand.child.kill()
+        if not hand.is_unreapable and self._loop.deadline_s(f"reap {hand.worker}") is None:
+            self._loop.set_timer(f"reap {hand.worker}", REAP_S, lambda: self._report_unreapable(hand))
+
+    def _report_unreapable(self, hand: Hand) -> None:
+        """SIGKILL did not end it: it is in the kernel (state D), may still write, and so nothing of it may move."""
+        hand.is_unreapable = True
+        stuck = {"worker": hand.worker, "pid": hand.pid, "generation": hand.generation, "advice": UNREAPABLE_ADVICE}
+        self._note("unreapable", stuck, logging.ERROR)
 
     def end_all(self) -> None:
         """Kill and reap all at once: nothing ever served."""
@@ -189,6 +205,7 @@ class Crew:
     def _bury(self, hand: Hand) -> None:
         """Reap, read its channel to the end, and only then say that it is dead."""
         self._loop.unwatch(hand.child)
+        self._loop.cancel_timer(f"reap {hand.worker}")
         how = hand.child.reap()
         for packet in hand.remaining():
             # The hello of a worker that died at once: there is nobody to welcome, or to refuse.

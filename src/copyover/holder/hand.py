@@ -81,6 +81,7 @@ class Hand:
         self.started_s = time.monotonic()
         self.hello: messages.Hello | None = None
         self.ready: messages.Ready | None = None
+        self.is_unreapable = False  # it was killed, and does not die
         ours, theirs = channel.pair()
         read_end, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         os.set_blocking(write_end, True)

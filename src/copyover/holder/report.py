@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from copyover.holder.hand import Hand
+    from copyover.holdings import Worker
     from copyover.ledger import Entry
     from copyover.reload import Machine
 
@@ -97,7 +98,7 @@ def status(machine: Machine, hands: Mapping[int, Hand], *, now_s: float, deadlin
                 "worker": worker.id,
                 "pid": hands[worker.id].pid if worker.id in hands else None,
                 "generation": worker.generation,
-                "state": worker.strength.value,
+                "state": _state(worker, hands.get(worker.id)),
                 "release": {
                     "directory": hands[worker.id].release.directory,
                     "python": hands[worker.id].release.python,
@@ -124,6 +125,10 @@ def status(machine: Machine, hands: Mapping[int, Hand], *, now_s: float, deadlin
         },
         "counters": dict(sorted(machine.holdings.counters.items())),
     }
+
+
+def _state(worker: Worker, hand: Hand | None) -> str:
+    return "unreapable" if hand is not None and hand.is_unreapable else worker.strength.value
 
 
 def is_serving(machine: Machine) -> bool:
