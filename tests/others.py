@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 STRANGER = 61_617  # a uid without a name, a process or a limit of anybody else's
 NOBODY = "nobody"
+DEADLINE_S = 30.0
 
 # Where this interpreter lies in a home directory that is closed to others, the system's has to do.
 PATHS = os.pathsep.join([str(Path(copyover.__file__).parent.parent), sysconfig.get_path("purelib")])

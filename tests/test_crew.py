@@ -56,7 +56,7 @@ def test_a_worker_that_cannot_be_reaped_is_reported_and_nothing_moves(monkeypatc
         noted.append((event, dict(fields)))
 
     loop = Loop(lambda: None)
-    crew = Crew(loop, [], {}, tell=told.append, settle=lambda: None, note=note)
+    crew = Crew(loop, [], {}, None, tell=told.append, settle=lambda: None, note=note)
     release = Release(directory="/", python="python", application="app:app", app_dir="/")
     crew.generations[1] = Generation(release, Config(app="app:app"))
     machine = reload.Machine()

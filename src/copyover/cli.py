@@ -62,6 +62,8 @@ def main() -> None:
 @click.option(
     "--loop", type=click.Choice(["auto", "asyncio", "uvloop"]), help="The event loop; auto takes uvloop if there."
 )
+@click.option("--user", help="The user that workers run as; the holder must be root.")
+@click.option("--group", help="The group that workers run as; default the user's own.")
 @click.option("--config", "file", type=click.Path(dir_okay=False), help="copyover.toml; flags win over it.")
 def run(file: str | None, listen: tuple[str, ...], chdir: str | None, **flags: Any) -> None:
     """Start a holder, and the server APP (module:attribute) under it."""

@@ -36,6 +36,11 @@ class Config:
 
     app: str = _key("module:attribute of the handler, Application or factory", validator=instance_of(str))
     name: str = _key("the holder's name", reloadable=False, default="default", validator=min_len(1))
+    user: str | None = _key("the user that workers run as", reloadable=False, default=None)
+    group: str | None = _key("the group that workers run as, instead of the user's own", reloadable=False, default=None)
+    control_group: str | None = _key(
+        "the group whose members may command the holder, besides its user and root", reloadable=False, default=None
+    )
     listen: tuple[str, ...] = _key("addresses, each [NAME=]ADDRESS", reloadable=False, default=("127.0.0.1:8000",))
     workers: int = _key("interpreters of a generation", default=1, validator=ge(1))
     python: str | None = _key("the release's interpreter; else .venv/bin/python, else the holder's own", default=None)

@@ -49,7 +49,8 @@ def call(name: str, request: dict[str, Any], *, patience_s: float | None) -> Ite
                 f"no holder named {name!r} listens on {path}; start one with: copyover run --name {name} APP; "
                 f"if it runs under another COPYOVER_RUNTIME_DIR, set that here too"
             ) from absent
-        sock.sendall(json.dumps(request).encode() + b"\n")
+        with contextlib.suppress(BrokenPipeError):  # who is denied is answered and hung up on before the request
+            sock.sendall(json.dumps(request).encode() + b"\n")
         with sock.makefile("r", encoding="utf-8") as lines, contextlib.suppress(ConnectionResetError):
             yield (json.loads(line) for line in lines)
 

@@ -20,6 +20,8 @@ from copyover.errors import PermissionRefused, PythonNotFound
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from copyover.users import User
+
 
 EXPENDABLE = 500  # what a process that is not needed yet has above ours
 _HIGHEST_OOM_SCORE = 1000
@@ -67,9 +69,19 @@ class Child:
             return f"was killed by signal {-status}"
 
 
-def spawn(argv: Sequence[str], *, cwd: str, env: Mapping[str, str], inherit: Sequence[int], stderr: int) -> Child:
+def spawn(
+    argv: Sequence[str],
+    *,
+    cwd: str,
+    env: Mapping[str, str],
+    inherit: Sequence[int],
+    stderr: int,
+    user: User | None = None,
+) -> Child:
     """
     Start *argv* as a child in a process group of its own, with the descriptors *inherit* open under their numbers.
+
+    With *user* it has the rights of that user and its groups, and those of no other.
 
     All other descriptors of ours are close-on-exec, so that the child need not walk over thousands of them.
 
@@ -90,6 +102,9 @@ def spawn(argv: Sequence[str], *, cwd: str, env: Mapping[str, str], inherit: Seq
                 stderr=stderr,
                 close_fds=False,
                 process_group=0,  # a terminal's Ctrl-C reaches the holder alone
+                user=None if user is None else user.uid,
+                group=None if user is None else user.gid,
+                extra_groups=None if user is None else user.groups,
             )
         )
     except FileNotFoundError as missing:
@@ -101,7 +116,9 @@ def spawn(argv: Sequence[str], *, cwd: str, env: Mapping[str, str], inherit: Seq
             ) from missing
         raise PythonNotFound(f"there is no {missing.filename}; say --python, or make the venv first") from missing
     except PermissionError as refused:
-        raise PermissionRefused(f"{refused.filename} cannot be run or entered: {refused.strerror}") from refused
+        who = "" if user is None else f" by user {user.name}"
+        what = f"{refused.filename or argv[0]} cannot be run or entered{who}: {refused.strerror}"
+        raise PermissionRefused(what) from refused
     finally:
         for descriptor in inherit:
             os.set_inheritable(descriptor, False)

@@ -31,7 +31,7 @@ def main(text: str) -> int:
     try:
         config = configs.load(told["file"], told["flags"])
         directory = directories.of(config.name)
-        directories.prepare(directory)
+        directories.prepare(directory, is_shared=config.user is not None or config.control_group is not None)
         directories.take_lock(directory, config.name)
         limit = process.raise_descriptor_limit()
         bound.extend(_listen(config))

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from copyover.holder.loop import Loop
     from copyover.listeners import Listener
     from copyover.release import Release
+    from copyover.users import User
 
 PACKETS_A_TURN = 64
 REAP_S = 10.0
@@ -56,6 +57,7 @@ class Crew:
         loop: Loop,
         listeners: Sequence[Listener],
         environment: dict[str, str],
+        user: User | None,
         *,
         tell: Callable[[events.Event], None],
         settle: Callable[[], None],
@@ -64,6 +66,7 @@ class Crew:
         self._loop = loop
         self._listeners = listeners
         self._environment = environment
+        self._user = user
         self._tell = tell
         self._settle = settle
         self._note = note
@@ -80,7 +83,7 @@ class Crew:
 
     def _start(self, worker: int, generation: int) -> None:
         try:
-            hand = Hand(worker, generation, self.generations[generation].release, self._environment)
+            hand = Hand(worker, generation, self.generations[generation].release, self._environment, self._user)
         except (CopyoverError, OSError) as problem:
             self._note("not-started", {"worker": worker, "problem": str(problem)}, logging.ERROR)
             self._tell(events.Died(worker, str(problem)))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, assert_never
 import attrs
 
 from copyover import config as configs
-from copyover import events, reload
+from copyover import events, reload, users
 from copyover.change import Phase
 from copyover.errors import CopyoverError, IllegalEvent, UsageError
 from copyover.holder import control, dump, report
@@ -68,12 +68,14 @@ class Daemon:
             self.loop,
             listeners,
             environment(uuid.uuid4().hex),
+            users.find(config.user, config.group),
             tell=self._events.append,
             settle=self._settle,
             note=self.chronicle.note,
         )
         self._newest = 0
-        self.desk = control.Desk(directory, self.loop.watch, self.loop.unwatch)
+        group = None if config.control_group is None else users.group_id(config.control_group, key="control_group")
+        self.desk = control.Desk(directory, self.loop.watch, self.loop.unwatch, group)
         self.waiting: set[int] = set()  # the callers that follow a change
         self._last_progress_s = 0.0
         self.last_reload: dict[str, Any] | None = None

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from copyover.listeners import Listener
     from copyover.release import Release
+    from copyover.users import User
 
 log = logging.getLogger("copyover.holder")
 
@@ -74,7 +75,9 @@ class Tail:
 class Hand:
     """One worker process."""
 
-    def __init__(self, worker: int, generation: int, release: Release, environment: dict[str, str]) -> None:
+    def __init__(
+        self, worker: int, generation: int, release: Release, environment: dict[str, str], user: User | None
+    ) -> None:
         self.worker = worker
         self.generation = generation
         self.release = release
@@ -95,9 +98,10 @@ class Hand:
             self.child = process.spawn(
                 release.command,
                 cwd=release.directory,
-                env=environment | own,
+                env=environment | own | ({} if user is None else user.environment),
                 inherit=(theirs.fileno(), real_stderr),
                 stderr=write_end,
+                user=user,
             )
         except BaseException:
             ours.close()
