@@ -125,7 +125,7 @@ def test_an_ack_of_what_was_not_lent_is_illegal(total: int) -> None:
 def test_accept_off_is_acknowledged_behind_all_lends() -> None:
     """Accepting ends first, then the ack is sent: no lend can follow it."""
     agent = Agent()
-    assert agent.handle(messages.AcceptOn()) == [effects.Accept(is_on=True)]
+    assert agent.handle(messages.AcceptOn(moving=False)) == [effects.Accept(is_on=True)]
     off = [effects.Accept(is_on=False), effects.Send(messages.AcceptOffAck())]
     assert agent.handle(messages.AcceptOff(moving=False)) == off
     assert agent.handle(messages.AcceptOff(moving=True)) == [effects.MoveBegins(), *off]

@@ -28,7 +28,10 @@ PURE = {
     "holdings",
     "move",
     "change",
+    "parking",
+    "reunion",
     "reload",
+    "succession",
     "worker.agent",
     "worker.effects",
 }
@@ -46,7 +49,25 @@ ROOMS: dict[str, set[str]] = {
     "holdings": {"errors", "events", "ledger", "messages"},
     "move": {"events", "holdings", "ledger", "messages"},
     "change": {"events", "move"},
-    "reload": {"change", "errors", "events", "holdings", "ledger", "messages", "move"},
+    "parking": {"events", "holdings", "ledger", "messages"},
+    "reunion": {"events", "holdings", "ledger", "messages"},
+    "reload": {"change", "errors", "events", "holdings", "ledger", "messages", "move", "parking", "reunion"},
+    # ---- from one holder to the next
+    "succession": {
+        *(
+            "change",
+            "config",
+            "errors",
+            "events",
+            "holdings",
+            "ledger",
+            "messages",
+            "release",
+            "reload",
+            "users",
+            "wire",
+        ),
+    },
     # ---- the holder
     "users": {"errors"},
     "process": {"errors", "users"},
@@ -56,25 +77,36 @@ ROOMS: dict[str, set[str]] = {
     "release": {"config", "errors"},
     "holder": set(),
     "holder.loop": set(),
-    "holder.hand": {"", "channel", "errors", "listeners", "messages", "process", "release", "sockets", "users", "wire"},
-    "holder.crew": {
-        *("channel", "config", "errors", "events", "listeners", "messages", "process", "release", "users"),
-        *("holder.hand", "holder.loop"),
+    "holder.hand": {
+        *("", "channel", "errors", "listeners", "messages", "process", "release", "sockets", "succession", "users"),
+        "wire",
     },
-    "holder.control": {"directory", "errors"},
+    "holder.crew": {
+        *("channel", "config", "errors", "events", "listeners", "messages", "process", "release", "succession"),
+        *("users", "holder.hand", "holder.loop"),
+    },
+    "holder.health": {"errors", "events", "holder.loop", "process"},
+    "holder.control": {"directory", "errors", "succession"},
     "holder.chronicle": set(),
     "holder.blocking": {"change", "holder.hand", "holdings", "ledger", "reload", "sockets"},
     "holder.dump": {"change", "holder.chronicle", "holder.hand", "holdings", "ledger", "reload"},
     "holder.report": {"change", "events", "holder.blocking", "holder.hand", "holdings", "ledger", "reload"},
     "holder.daemon": {
-        *("change", "config", "directory", "errors", "events", "listeners", "reload", "release", "sockets", "users"),
-        *("holder.chronicle", "holder.control", "holder.crew", "holder.dump", "holder.hand", "holder.loop"),
-        "holder.report",
+        *("change", "config", "directory", "errors", "events", "listeners", "process", "reload", "release", "sockets"),
+        *("users", "holder.chronicle", "holder.control", "holder.crew", "holder.dump", "holder.hand", "holder.health"),
+        *("holder.loop", "holder.report"),
     },
-    "holder.requests": {"change", "config", "errors", "events", "holder.daemon", "holder.report", "sockets"},
+    "holder.upgrade": {
+        *("", "change", "channel", "errors", "listeners", "process", "succession"),
+        *("holder.crew", "holder.daemon", "holder.hand", "holder.report"),
+    },
+    "holder.requests": {
+        *("", "change", "config", "errors", "events", "sockets"),
+        *("holder.daemon", "holder.report", "holder.upgrade"),
+    },
     "holder.__main__": {
-        *("config", "directory", "errors", "listeners", "process"),
-        *("holder.daemon", "holder.requests"),
+        *("config", "directory", "errors", "events", "listeners", "process", "reload", "users"),
+        *("holder.control", "holder.daemon", "holder.requests", "holder.upgrade"),
     },
     # ---- the worker
     "": {"errors", "worker.application", "worker.connection"},  # for type checkers; loaded at first use
@@ -85,16 +117,17 @@ ROOMS: dict[str, set[str]] = {
     "worker.application": {"errors", "worker.connection"},
     "worker.cut": {"worker.boundary", "worker.connection", "worker.transport"},
     "worker.accepting": set(),
+    "worker.seeking": {"channel", "errors", "messages"},
     "worker.effects": {"messages"},
     "worker.agent": {"errors", "messages", "worker.effects"},
     "worker.runtime": {
         *("channel", "errors", "messages", "sockets"),
         *("worker.accepting", "worker.agent", "worker.application", "worker.boundary"),
-        *("worker.connection", "worker.cut", "worker.effects", "worker.transport"),
+        *("worker.connection", "worker.cut", "worker.effects", "worker.seeking", "worker.transport"),
     },
     "worker.__main__": {
         *("", "channel", "errors", "messages", "wire"),
-        *("worker.application", "worker.connection", "worker.runtime"),
+        *("worker.application", "worker.connection", "worker.runtime", "worker.seeking"),
     },
     # ---- the operator's side, and the user's tests
     "console": {"directory", "errors"},
@@ -167,7 +200,7 @@ def test_who_loads_what(library: str) -> None:
     allowed = {
         "click": {"cli"},
         "rich": {"console"},
-        "cattrs": {"config"},
+        "cattrs": {"config", "succession"},
         "pyroute2": set[str](),
         "uvloop": {"worker.__main__"},
         "asyncio": {room for room in FILES if room.startswith("worker")} | {"swarm", "verifying"},

@@ -292,11 +292,11 @@ def test_the_channel_goes_on_after_a_refusal(raw: tuple[socket.socket, Channel])
     """Packets are whole: the next one is read as if the bad one had not been."""
     sock, far = raw
     send_raw(sock, b"nonsense")
-    header, body = wire.encode(messages.AcceptOn())
+    header, body = wire.encode(messages.MoveOver())
     send_raw(sock, header.pack() + body)
     with pytest.raises(WireError):
         far.receive()
-    assert far.receive().message == messages.AcceptOn()
+    assert far.receive().message == messages.MoveOver()
 
 
 def test_descriptors_that_the_kernel_dropped_are_noticed() -> None:
@@ -446,7 +446,7 @@ def test_closing_lets_go_on_what_waited(ends: tuple[Channel, Channel]) -> None:
     near, _ = ends
     fill(near)
     sent: list[int] = []
-    near.send(messages.AcceptOn(), on_sent=lambda: sent.append(1))
+    near.send(messages.MoveOver(), on_sent=lambda: sent.append(1))
     near.close()
     assert sent == [1]
     assert not near.has_backlog
@@ -460,15 +460,15 @@ def test_a_closed_peer_is_noticed_when_sending(ends: tuple[Channel, Channel]) ->
     near, far = ends
     far.close()
     with pytest.raises(ChannelClosed):
-        near.send(messages.AcceptOn())
+        near.send(messages.MoveOver())
 
 
 def test_a_closed_peer_is_noticed_when_receiving(ends: tuple[Channel, Channel]) -> None:
     """All that it had sent is read first."""
     near, far = ends
-    near.send(messages.AcceptOn())
+    near.send(messages.MoveOver())
     near.close()
-    assert far.receive().message == messages.AcceptOn()
+    assert far.receive().message == messages.MoveOver()
     with pytest.raises(ChannelClosed):
         far.receive()
 
@@ -476,7 +476,7 @@ def test_a_closed_peer_is_noticed_when_receiving(ends: tuple[Channel, Channel]) 
 def test_a_peer_that_did_not_read_is_noticed(ends: tuple[Channel, Channel]) -> None:
     """Its death with our packets unread resets the channel: that is an end as well."""
     near, far = ends
-    near.send(messages.AcceptOn())
+    near.send(messages.MoveOver())
     far.close()
     with pytest.raises(ChannelClosed):
         near.receive()
@@ -495,5 +495,5 @@ def test_a_version_that_was_agreed_on_is_sent(ends: tuple[Channel, Channel]) -> 
     """After hello both ends speak the version that they have in common."""
     near, far = ends
     near.version = 1
-    near.send(messages.AcceptOn())
-    assert far.receive().message == messages.AcceptOn()
+    near.send(messages.MoveOver())
+    assert far.receive().message == messages.MoveOver()

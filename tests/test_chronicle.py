@@ -103,6 +103,23 @@ def test_events_tell_when_the_holder_went_away(copyover_server: Servers) -> None
         assert "the holder went away" in process.stderr.read()
 
 
+def test_events_go_on_over_an_upgrade(copyover_server: Servers) -> None:
+    """Another program is the holder, and a follower misses nothing: numbers count on."""
+    server = copyover_server("echo:echo", chdir=APPS)
+    with following(server) as (process, events):
+        first = next(events)
+        argv, environment = command(server, "upgrade")
+        subprocess.run(argv, env=environment, capture_output=True, check=True)
+        server.reload().assert_lossless()
+        seen = [first]
+        while not (seen[-1]["event"] == "reload" and seen[-1]["fields"]["generation"] == 2):
+            seen.append(next(events))
+        assert [one["number"] for one in seen] == list(range(1, len(seen) + 1))
+        assert "upgraded" in [one["event"] for one in seen]
+        server.stop()
+        assert process.wait(DEADLINE_S) == 0
+
+
 def test_ctrl_c_ends_following(copyover_server: Servers) -> None:
     """It is how one stops looking: exit 0, and nothing else happens."""
     server = copyover_server("echo:echo", chdir=APPS)
@@ -116,7 +133,8 @@ def test_ctrl_c_ends_following(copyover_server: Servers) -> None:
 @pytest.fixture
 def desk(tmp_path: Path) -> Iterator[tuple[control.Desk, Loop]]:
     loop = Loop(lambda: None)
-    desk = control.Desk(directories.Directory(tmp_path), loop.watch, loop.unwatch)
+    directory = directories.Directory(tmp_path)
+    desk = control.Desk(directory, control.listen(directory), loop.watch, loop.unwatch)
     yield desk, loop
     desk.close()
     loop.close()

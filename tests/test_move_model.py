@@ -115,7 +115,8 @@ class Process:
         self.send(messages.Ready(application="app:main", loop="asyncio", writes=1, reads=[1], shares=True))
 
     def send(self, message: messages.Message, descriptors: Sequence[int] = ()) -> None:
-        self.outbox.append(packed(message, descriptors))
+        if not self.world.is_orphaned:
+            self.outbox.append(packed(message, descriptors))
 
     def take(self) -> None:
         packet = self.inbox.popleft()
@@ -165,10 +166,11 @@ class Process:
                 self.is_stopping |= isinstance(effect, effects.StopServing)
             case effects.SetTimer(name):
                 self.timers.append(name)
-            case effects.MoveBegins() | effects.MoveEnds():
+            case effects.MoveBegins() | effects.MoveEnds() | effects.Report():
                 pass
-            case effects.LetGoOn():
-                raise AssertionError("the holder of this model does not die")
+            case effects.LetGoOn(cookies):
+                for cookie in cookies:
+                    self.go_on(cookie)
             case _:
                 assert_never(effect)
 
@@ -264,6 +266,29 @@ class Process:
         self.timers.remove(name)
         self.perform(self.agent.timer(name))
 
+    def report(self) -> list[Packet]:
+        """Tell a new holder everything."""
+        records = {}
+        for cookie in self.agent.waiting():
+            local = self.locals[cookie]
+            state = local.version.to_bytes(4, "little", signed=True)
+            records[cookie] = messages.Record(schema=1, halted_ns=500, unsent=bytes(local.output), state=state)
+        told = self.agent.recalled(records, dict.fromkeys(self.locals, 0))
+        return [packed(effect.message, effect.cookies) for effect in told if isinstance(effect, effects.Send)]
+
+    def has_slot(self, cookie: int, epoch: int) -> bool:
+        """Whether this dead worker has written its slot at that epoch: before it served, or never."""
+        seat, local = self.agent.seats.get(cookie), self.locals.get(cookie)
+        return seat is not None and local is not None and local.version >= 0 and seat.epoch == epoch
+
+    def slot_of(self, cookie: int) -> messages.Record | None:
+        """Return what its last boundary was, if the kernel proves that it stood there when it was killed."""
+        local = self.locals[cookie]
+        if not local.is_at_boundary:
+            return None
+        state = local.version.to_bytes(4, "little", signed=True)
+        return messages.Record(schema=1, unsent=bytes(local.output), state=state)
+
     def serving(self) -> list[int]:
         return [cookie for cookie, local in self.locals.items() if local.course in (Course.RUNNING, Course.ASKED)]
 
@@ -275,7 +300,10 @@ class World:
     """A holder, its workers, their channels and clients; ``choices`` is all that can happen next."""
 
     def __init__(self, *, workers: int = 1, capacity: int = 1 << 30) -> None:
+        self.capacity = capacity
         self.machine = reload.Machine(capacity)
+        self.is_orphaned = False  # the holder is dead
+        self.holder_kills = 0
         self.processes: dict[int, Process] = {}
         self.truths: dict[int, Truth] = {}
         self.descriptors: dict[int, int] = {}  # the holder's open ones, and the connection of each
@@ -313,8 +341,9 @@ class World:
             case events.Kill(worker):
                 self.kill(worker)
             case events.Close(descriptor):
-                truth = self.truths[self.descriptors.pop(descriptor)]
-                assert truth.has_ended, "closed while it lives"
+                cookie = self.descriptors.pop(descriptor)
+                has_another = cookie in self.descriptors.values()
+                assert self.truths[cookie].has_ended or has_another, "closed while it lives"
             case events.Reset(descriptor):
                 self.lose(self.descriptors.pop(descriptor))
             case events.SetTimer(name, after_s):
@@ -323,7 +352,7 @@ class World:
                 self.results.append(result)
                 for process in self.processes.values():
                     process.must_share = False
-            case events.Note() | events.AskAgain():
+            case events.Note() | events.AskAgain() | events.CheckHealth():
                 pass
             case _:
                 assert_never(effect)
@@ -336,11 +365,10 @@ class World:
         self.truths[cookie].is_lost = True
         assert not any(cookie in process.serving() for process in self.living()), "reset while it is served"
         refusing = {worker for worker, spoilt in self.cannot_restore | self.cannot_export if spoilt == cookie}
-        if cookie not in self.may_be_lost and len(refusing) < 2:
+        is_stopping = self.machine.phase in (Phase.STOPPING, Phase.STOPPED)
+        if cookie not in self.may_be_lost and len(refusing) < 2 and not is_stopping:
             assert self.has_killed, "a connection was lost although nobody was killed"
-            assert refusing or not any(cookie in process.locals for process in self.living()), (
-                f"connection {cookie} was lost although a living worker has it"
-            )
+            assert refusing, f"connection {cookie} was lost although it stood at a boundary"
 
     def receive(self, process: Process) -> None:
         packet = process.outbox.popleft()
@@ -351,21 +379,82 @@ class World:
 
     def bury(self, process: Process) -> None:
         process.is_buried = True
-        self.handle(events.Died(process.number, "was killed by SIGKILL"))
+        owned = [
+            entry for entry in self.machine.ledger.of(process.number) if process.has_slot(entry.cookie, entry.epoch)
+        ]
+        recovered = {entry.cookie: process.slot_of(entry.cookie) for entry in owned}
+        self.handle(events.Died(process.number, "was killed by SIGKILL", recovered))
 
     def kill(self, worker: int) -> None:
         process = self.processes[worker]
         process.is_alive = False
         process.inbox.clear()
         self.has_killed |= bool(process.locals)
-        halves = (Course.RUNNING, Course.ASKED, Course.HALTED)
-        self.may_be_lost.update(cookie for cookie, local in process.locals.items() if local.course in halves)
+        self.may_be_lost.update(cookie for cookie, local in process.locals.items() if not local.is_at_boundary)
 
-    def reload(self, move: str, workers: int) -> None:
+    def kill_holder(self) -> None:
+        """Each worker reads its channel to the end; what it had sent and what was asked of it are gone."""
+        self.is_orphaned, self.has_killed = True, True
+        self.holder_kills += 1
+        self.descriptors.clear()
+        self.timers.clear()
+        for process in self.processes.values():
+            process.outbox.clear()
+            process.is_buried |= not process.is_alive
+            if process.is_alive and not process.is_started:
+                process.is_alive, process.is_buried = False, True
+            while process.is_alive and process.inbox:
+                process.take()
+            if process.is_alive:
+                process.perform(process.agent.orphaned())
+                process.is_buried |= not process.is_alive
+        held = {cookie for process in self.living() for cookie in process.locals}
+        versions = {(cookie, local.version) for process in self.living() for cookie, local in process.locals.items()}
+        # Whoever had the newest died too: nobody may go on from an older record.
+        self.may_be_lost.update(c for c, truth in self.truths.items() if (c, truth.version) not in versions)
+        for cookie, truth in self.truths.items():
+            truth.is_lost |= not truth.has_ended and cookie not in held  # both that had it are dead
+
+    def take_over(self) -> None:
+        """A new holder comes, and asks every worker for what it has."""
+        self.is_orphaned = False
+        self.machine = reload.Machine(self.capacity)
+        asked = events.Reload(0, 0, 1, "rolling", 60.0)
+        living = self.living()
+        for process in self.processes.values():
+            process.is_buried |= not process.is_alive
+        if living:
+            self.handle(events.Reunited(asked, [self.reported(process) for process in living]))
+        else:
+            self.reload("together", 1)
+
+    def reported(self, process: Process) -> events.Report:
+        rows: list[events.Row] = []
+        tombstones: tuple[int, ...] = ()
+        for packet in process.report():
+            message = packet.decoded()
+            if isinstance(message, messages.Viewed):
+                tombstones = message.cookie
+                continue
+            view = messages.expect(message, messages.View)
+            for cookie, epoch, doing, record in zip(
+                view.cookie, view.epoch, view.standing, view.records(), strict=True
+            ):
+                descriptor = next(self._numbers)
+                self.descriptors[descriptor] = cookie
+                is_current = process.locals[cookie].version == self.truths[cookie].version
+                rows.append(events.Row(cookie, epoch, 0, messages.Doing(doing), record, is_current, descriptor))
+        ready = messages.Ready(application="app:main", loop="asyncio", writes=1, reads=[1], shares=True)
+        agent_ = process.agent
+        return events.Report(
+            process.number, process.generation, ready, agent_.is_committed, agent_.is_leaving, rows, tombstones
+        )
+
+    def reload(self, move: str, workers: int, bake_s: float = 0.0) -> None:
         self.reloads += 1
         self.is_cut_asked = move == "together" and bool(self.machine.holdings.serving())
         number = self.machine.holdings.generation + self.reloads
-        self.handle(events.Reload(7, number, workers, move, 60.0))
+        self.handle(events.Reload(7, number, workers, move, 60.0, bake_s=bake_s))
         self.is_cut_asked = False
 
     def living(self) -> list[Process]:
@@ -374,6 +463,8 @@ class World:
     # ---- what can happen
 
     def choices(self) -> list[Choice]:
+        if self.is_orphaned:
+            return [("take over",), *self.timers_due(), *self.of_clients()]
         return [*self.deliveries(), *self.timers_due(), *self.of_clients(), *self.mishaps()]
 
     def deliveries(self) -> list[Choice]:
@@ -405,18 +496,26 @@ class World:
                     found += [("serve", number, cookie), ("turn", number, cookie)]
                 if local.course is not Course.INERT:
                     found += [("end", number, cookie), ("push", number, cookie)]
-            found += [("push", number, cookie) for cookie in process.departed if self.truths[cookie].is_live]
+            if not self.is_orphaned:  # else it raises Moved
+                found += [("push", number, cookie) for cookie in process.departed if self.truths[cookie].is_live]
         if sum(len(truth.pushed) for truth in self.truths.values()) >= MOST_PUSHES:
             return [choice for choice in found if choice[0] != "push"]
         return found
 
-    def mishaps(self) -> list[Choice]:
+    def mishaps(self) -> list[Choice]:  # noqa: C901  # each on its condition
         found: list[Choice] = []
+        if self.holder_kills < MOST_KILLS and self.machine.phase not in (Phase.STOPPING, Phase.STOPPED):
+            found.append(("kill holder",))
         if self.kills < MOST_KILLS:
             found += [("kill", process.number) for process in self.living() if process.is_started]
         found += [("deadline", name) for name in sorted(self.timers) if name == "change"]
         if self.reloads <= MOST_RELOADS and self.machine.phase is Phase.SERVING:
-            found += [("reload", move, workers) for move in ("together", "rolling") for workers in (1, 2)]
+            ways = itertools.product(("together", "rolling"), (1, 2), (0.0, 5.0))
+            found += [("reload", move, workers, bake_s) for move, workers, bake_s in ways]
+        if self.machine.change is not None:
+            found.append(("cancel",))
+        if self.machine.phase is Phase.BAKING:
+            found.append(("unhealthy",))
         if self.machine.phase not in (Phase.STOPPING, Phase.STOPPED) and not self.machine._stop_wanted:
             found.append(("stop",))
         for process in self.living():
@@ -426,7 +525,7 @@ class World:
                         found.append((kind, process.number, cookie))
         return found
 
-    def do(self, choice: Choice) -> None:  # noqa: C901, PLR0912  # one arm a choice
+    def do(self, choice: Choice) -> None:  # noqa: C901, PLR0912, PLR0915  # one arm a choice
         self.trace.append(choice)
         match choice:
             case ("start", int(number)):
@@ -459,8 +558,16 @@ class World:
             case ("deadline", str(name)):
                 self.timers.discard(name)
                 self.handle(events.TimerFired(name))
-            case ("reload", str(move), int(workers)):
-                self.reload(move, workers)
+            case ("reload", str(move), int(workers), float(bake_s)):
+                self.reload(move, workers, bake_s)
+            case ("kill holder",):
+                self.kill_holder()
+            case ("take over",):
+                self.take_over()
+            case ("cancel",):
+                self.handle(events.CancelAsked("cancelled"))
+            case ("unhealthy",):
+                self.handle(events.Checked("exited with 1"))
             case ("stop",):
                 self.handle(events.StopAsked(10.0))
             case ("cannot restore", int(number), int(cookie)):
@@ -479,6 +586,8 @@ class World:
         assert all(count == 1 for count in serving.values()), f"served by two workers: {serving}"
         for truth in self.truths.values():
             assert len(set(truth.received)) == len(truth.received), "a push was sent twice"
+        if self.is_orphaned:
+            return
         owned = collections.Counter(entry.owner for entry in self.machine.ledger.entries.values())
         assert +self.machine.ledger.owned == owned
         if self.machine.phase is Phase.SERVING:
@@ -487,12 +596,16 @@ class World:
     def settle(self) -> None:
         """Let everything arrive and every timer of a worker fire, until nothing is left to happen."""
         while True:
-            if waiting := self.deliveries():
+            if self.is_orphaned:
+                self.do(("take over",))
+            elif waiting := self.deliveries():
                 self.do(waiting[0])
             elif due := self.timers_due():
                 self.do(due[0])
             elif leaving := self.closing():
                 self.do(leaving[0])
+            elif self.machine.phase is Phase.BAKING:
+                self.do(("deadline", "change"))
             else:
                 return
 
@@ -569,6 +682,10 @@ WEIGHTS = {
     "deadline": 0.5,
     "reload": 4,
     "stop": 0.04,
+    "cancel": 0.2,
+    "kill holder": 0.15,
+    "take over": 2,
+    "unhealthy": 0.3,
     "cannot restore": 0.15,
     "cannot export": 0.1,
 }
@@ -605,7 +722,7 @@ def results_of_walks(
 @pytest.mark.parametrize("workers", [1, 2])
 def test_without_mishaps_every_reload_ends_done_and_nothing_is_lost(workers: int) -> None:
     """Whatever crosses, a reload between healthy workers ends done and loses none."""
-    mishaps = ["kill", "deadline", "cannot restore", "cannot export", "stop"]
+    mishaps = ["kill", "deadline", "cannot restore", "cannot export", "stop", "cancel", "unhealthy", "kill holder"]
     results = results_of_walks(range(400), workers=workers, without=mishaps)
     assert {result.outcome for result in results} == {events.Outcome.DONE}
     assert sum(result.lost for result in results) == 0
@@ -615,7 +732,7 @@ def test_without_mishaps_every_reload_ends_done_and_nothing_is_lost(workers: int
 @pytest.mark.parametrize("workers", [1, 2])
 def test_without_deaths_nothing_is_lost(workers: int) -> None:
     """A deadline, a roll-back, a record that cannot be written or read: none is lost unless every worker refuses it."""
-    results = results_of_walks(range(1000, 1400), workers=workers, without=["kill"])
+    results = results_of_walks(range(1000, 1400), workers=workers, without=["kill", "kill holder"])
     outcomes = {result.outcome for result in results}
     assert outcomes >= {events.Outcome.DONE, events.Outcome.ROLLED_BACK, events.Outcome.REFUSED}
 
@@ -625,6 +742,18 @@ def test_a_killed_worker_costs_only_what_it_served(workers: int) -> None:
     """SIGKILL of any worker at any moment, twice: only what it was serving is lost, all else has one owner."""
     results = results_of_walks(range(2000, 2600), workers=workers)
     assert sum(result.lost for result in results) > 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_holder_costs_nothing(workers: int) -> None:
+    """SIGKILL of the holder at any moment: its successor finds one owner for each, with the newest state."""
+    mishaps = frozenset({"kill", "deadline", "cannot restore", "cannot export", "stop"})
+    for seed in range(5000, 5600):
+        try:
+            world = walk(seed, workers=workers, capacity=1 << 30, without=mishaps)
+            assert not any(truth.is_lost for truth in world.truths.values()), "a connection was lost"
+        except (AssertionError, IllegalEvent, KeyError) as problem:
+            raise AssertionError(f"seed {seed}, {workers} workers: {problem!r}") from problem
 
 
 @pytest.mark.parametrize("capacity", [1, 2, 3])
@@ -678,6 +807,20 @@ class MoveMachine(RuleBasedStateMachine):
     @rule(pick=st.integers(0, 3))
     def worker_is_killed(self, pick: int) -> None:
         self.do_one(["kill"], pick)
+
+    @precondition(lambda self: self.world.machine.change is not None)
+    @rule(kind=st.sampled_from(["cancel", "unhealthy"]))
+    def operator_turns_back(self, kind: str) -> None:
+        self.do_one([kind], 0)
+
+    @rule()
+    def holder_is_killed(self) -> None:
+        self.do_one(["kill holder"], 0)
+
+    @precondition(lambda self: self.world.is_orphaned)
+    @rule()
+    def another_holder_comes(self) -> None:
+        self.do_one(["take over"], 0)
 
     @rule(pick=st.integers(0, 7))
     def record_is_spoiled(self, pick: int) -> None:

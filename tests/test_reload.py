@@ -16,6 +16,7 @@ from copyover.holdings import MAX_BACKOFF_S, Holdings, Strength
 from copyover.ledger import Ledger, Standing
 from copyover.messages import RecordFlag
 from copyover.move import ROLLING_BATCH, Move
+from copyover.parking import Parking
 from copyover.reload import Machine
 
 if TYPE_CHECKING:
@@ -112,6 +113,13 @@ class Story:
         self.frozen(1, *cookies)
         return replacement
 
+    def to_baking(self, *cookies: int, **wishes: Any) -> int:
+        """All is with the replacement, the incumbent waits."""
+        replacement = self.to_thawed(*cookies, **({"move": "rolling", "bake_s": 30.0} | wishes))
+        self.adopted(replacement, *cookies)
+        self.expects(Phase.BAKING)
+        return replacement
+
     def expects(self, phase: Phase) -> None:
         assert self.machine.phase is phase
 
@@ -150,7 +158,7 @@ def kinds(found: Sequence[messages.Message]) -> list[str]:
 
 def picture(value: object) -> object:
     """All that a machine knows, comparable; the effects of its last event are no part of it."""
-    if isinstance(value, (Machine, Holdings, Ledger, Change, Move)):
+    if isinstance(value, (Machine, Holdings, Ledger, Change, Move, Parking)):
         skipped = {"effects", "_now_s", "now_s", "_holdings", "_ledger"}
         return {name: picture(inner) for name, inner in vars(value).items() if name not in skipped}
     if isinstance(value, dict):
@@ -168,6 +176,8 @@ def in_phase(phase: Phase) -> Story:
         story.reload(workers=2)
     elif phase is Phase.STAGING:
         story.to_staging(10, 11)
+    elif phase is Phase.BAKING:
+        story.to_baking(10, 11)
     elif phase in (Phase.MOVING, Phase.ROLLING_BACK):
         replacement = story.to_moving(10, 11, 12)
         story.off(1)
@@ -196,7 +206,7 @@ def every_message(worker: int) -> list[messages.Message]:
         messages.Frozen(batch=1),
         messages.Welcome(wire=1, generation=1, names=[], application="", app_dir="", options={}),
         *(messages.Staged(total=total) for total in (0, 2, 99)),
-        messages.AcceptOn(),
+        messages.AcceptOn(moving=False),
         messages.MoveOver(),
     ]
     found.append(messages.Forward(cookie=(10, 77), act=(0, 0), pushed=(b"a", b"b")))
@@ -225,8 +235,12 @@ def every_event() -> list[events.Event]:
     timers = [TimerFired(name) for name in ("change", "stop", "healthy", "retire 1", "retire 2", "retire 99", "other")]
     asked = events.Reload(7, 9, 1, "together", 60.0)
     reloads = [asked, attrs.evolve(asked, is_remembered=True)]
-    deaths = [Died(1, "was killed"), Died(2, "was killed")]
-    return [*from_workers, *lends, *timers, *reloads, *deaths, StopAsked(3.0)]
+    record = messages.Record(schema=1)
+    deaths: list[events.Event] = [
+        Died(worker, "was killed", found) for worker in (1, 2) for found in ({}, {10: record, 11: None})
+    ]
+    bake: list[events.Event] = [events.Checked(None), events.Checked("exited with 1"), events.CancelAsked("cancelled")]
+    return [*from_workers, *lends, *timers, *reloads, *deaths, *bake, StopAsked(3.0)]
 
 
 @pytest.mark.parametrize("phase", Phase)
@@ -278,7 +292,10 @@ def test_the_first_generation_serves_once_all_its_workers_are_ready() -> None:
     assert not [effect for effect in machine.handle(FromWorker(1, READY), 1.0) if isinstance(effect, events.Send)]
     last = machine.handle(FromWorker(2, READY), 2.0)
     accepting = [
-        effect.worker for effect in last if isinstance(effect, events.Send) if effect.message == messages.AcceptOn()
+        effect.worker
+        for effect in last
+        if isinstance(effect, events.Send)
+        if effect.message == messages.AcceptOn(moving=False)
     ]
     assert set(accepting) == {1, 2}
     (finished,) = [effect for effect in last if isinstance(effect, events.Finished)]
@@ -331,7 +348,7 @@ def test_a_together_reload_narrated() -> None:
     assert (thaw.epoch, thaw.state) == ((1, 1), (b"10 by 1", b"11 by 1"))
     assert thaw.flags == (RecordFlag.CUT, RecordFlag.CUT)
     story.gathered(1, b"shared")
-    assert story.sent(2) == [messages.Enter(cut=True, shared=(b"shared",)), messages.AcceptOn()]
+    assert story.sent(2) == [messages.Enter(cut=True, shared=(b"shared",)), messages.AcceptOn(moving=True)]
     story.adopted(2, 10)
     story.expects(Phase.MOVING)
     story.adopted(2, 11)
@@ -514,7 +531,7 @@ def test_rolling_moves_in_batches() -> None:
     story.reload(move="rolling")
     story.says(2, READY)
     story.staged(2)
-    assert story.sent(2) == [messages.AcceptOn()]
+    assert story.sent(2) == [messages.AcceptOn(moving=True)]
     story.off(1)
     first, second = (message for message in story.sent(1) if isinstance(message, messages.Freeze))
     assert (len(first.cookie), len(second.cookie)) == (ROLLING_BATCH, ROLLING_BATCH)
@@ -560,7 +577,7 @@ def assert_refused(story: Story, *, status: int = 3) -> events.Result:
     assert (story.result.outcome, story.result.status) == (Outcome.REFUSED, status)
     assert story.result.serving_generation == 1
     assert story.result.lost == story.result.moved == 0
-    assert set(story.sent(1)) <= {messages.AcceptOn()}, "the incumbent must not notice"
+    assert set(story.sent(1)) <= {messages.AcceptOn(moving=False)}, "the incumbent must not notice"
     assert all(entry.passage is None for entry in story.machine.ledger.entries.values())
     return story.result
 
@@ -743,7 +760,7 @@ def test_roll_back_narrated() -> None:
     story.adopted(replacement, 10)
     story.handle(TimerFired("change"))
     story.expects(Phase.ROLLING_BACK)
-    assert story.sent(1) == [messages.AcceptOn()]
+    assert story.sent(1) == [messages.AcceptOn(moving=False)]
     assert kinds(story.sent(replacement)) == ["AcceptOff", "Freeze"]
     assert story.sent_one(replacement, messages.Freeze).cookie == (10, 11)
     assert events.SetTimer("change", 10.0) in story.effects
@@ -806,7 +823,7 @@ def test_a_replacement_that_dies_in_the_move_costs_what_it_served() -> None:
     assert story.sent_one(1, messages.Thaw).flags == (RecordFlag.UNSERVED,)
     story.adopted(1, 11, epoch=2)
     assert (story.result.outcome, story.result.lost) == (Outcome.ROLLED_BACK, 1)
-    assert story.result.error == "worker 2 was killed by SIGKILL, in the middle of the move"
+    assert story.result.error == "worker 2 was killed by SIGKILL, while moving"
 
 
 @pytest.mark.parametrize("sender", [1, 2])
@@ -881,7 +898,7 @@ def test_an_incumbent_that_dies_in_the_roll_back_turns_it_forward() -> None:
     story.dies(1)
     story.expects(Phase.MOVING)
     assert story.sent_one(replacement, messages.Thaw).cookie == (10,)
-    assert messages.AcceptOn() in story.sent(replacement)
+    assert messages.AcceptOn(moving=True) in story.sent(replacement)
     story.adopted(replacement, 10, epoch=3)
     story.adopted(replacement, 11)
     story.frozen(replacement, 11, epoch=1)
@@ -889,17 +906,200 @@ def test_an_incumbent_that_dies_in_the_roll_back_turns_it_forward() -> None:
     assert (story.result.outcome, story.result.lost, story.result.serving_generation) == (Outcome.DONE, 0, 2)
 
 
-def test_both_dead_is_lost_and_said() -> None:
-    """Rolling back with nobody left, each connection is reset; a fresh worker of the incumbent is started."""
+def test_both_dead_waits_for_a_fresh_worker() -> None:
+    """Rolling back with nobody left, what is parked goes to a fresh worker of the incumbent; the rest is reset."""
     story = Story()
-    replacement = story.to_thawed(10, move="rolling")
+    replacement = story.to_thawed(10, 11, move="rolling")
     story.handle(TimerFired("change"))
     story.dies(1)
-    story.dies(replacement)
+    story.handle(Died(replacement, "was killed", {11: None}))
     story.expects(Phase.SERVING)
     assert (story.result.lost, story.result.serving_generation) == (1, 1)
     assert [effect.generation for effect in story.of(events.Spawn)] == [1]
-    assert not story.machine.ledger.entries
+    assert story.standing(10)[1] is Standing.PARKED
+    fresh = max(story.machine.holdings.workers)
+    story.says(fresh, READY)
+    assert story.sent_one(fresh, messages.Thaw).state == (b"10 by 1",)
+    story.adopted(fresh, 10, epoch=2)
+    assert story.standing(10) == (fresh, Standing.SERVED)
+
+
+# ---- baking
+
+
+def test_the_incumbent_stays_whole_while_the_replacement_bakes() -> None:
+    """Nothing is committed or forgotten before the bake is over; then the incumbent retires."""
+    story = Story()
+    replacement = story.to_baking(10)
+    assert story.sent(1) == []
+    assert events.SetTimer("change", 30.0) in story.effects
+    story.lend(replacement, 20)
+    story.handle(TimerFired("change"))
+    assert (story.result.outcome, story.result.moved) == (Outcome.DONE, 1)
+    story.sent_one(1, messages.Commit)
+
+
+@pytest.mark.parametrize(
+    "problem", [events.CancelAsked("cancelled"), events.Checked("exited with 1"), Died(2, "was killed", {})]
+)
+def test_whatever_goes_wrong_in_the_bake_brings_all_back(problem: events.Event) -> None:
+    """What the replacement served and accepted meanwhile returns with its newest record."""
+    story = Story()
+    replacement = story.to_baking(10)
+    story.lend(replacement, 20)
+    newest = {cookie: messages.Record(schema=1, state=b"%d by 2" % cookie) for cookie in (10, 20)}
+    if isinstance(problem, Died):
+        story.handle(attrs.evolve(problem, recovered=newest))
+    else:
+        story.handle(problem)
+        assert story.sent_one(replacement, messages.Freeze).cookie == (10, 20)
+        story.frozen(replacement, 10, epoch=1)
+        assert story.sent_one(1, messages.Thaw).state == (b"10 by 2",)
+        story.frozen(replacement, 20)
+        story.off(replacement)
+    assert set(story.machine.ledger.owned.elements()) == {1}
+    story.adopted(1, 10, epoch=2)
+    story.adopted(1, 20)
+    assert (story.result.outcome, story.result.serving_generation, story.result.lost) == (Outcome.ROLLED_BACK, 1, 0)
+
+
+def test_a_bake_without_one_success_of_its_health_command_is_rolled_back() -> None:
+    """A command that hangs says nothing good; one success is enough."""
+    story = Story()
+    story.to_baking(10, needs_health=True)
+    assert events.CheckHealth(is_on=True) in story.effects
+    story.handle(TimerFired("change"))
+    story.expects(Phase.ROLLING_BACK)
+    assert story.machine.change is not None
+    assert story.machine.change.reason == "the health command has not succeeded once within 30 s"
+
+    story = Story()
+    story.to_baking(10, needs_health=True)
+    story.handle(events.Checked(None))
+    story.handle(TimerFired("change"))
+    assert story.result.outcome is Outcome.DONE
+    assert events.CheckHealth(is_on=False) in story.effects
+
+
+def test_without_an_incumbent_there_is_nothing_to_bake_for() -> None:
+    """The last incumbent dies while it waits: the replacement commits at once."""
+    story = Story()
+    story.to_baking(10)
+    story.dies(1)
+    assert story.result.outcome is Outcome.DONE
+
+
+def test_a_stop_ends_the_bake() -> None:
+    """Who stops the server does not wait for a bake."""
+    story = Story()
+    story.to_baking(10)
+    story.handle(StopAsked(5.0))
+    assert story.result.outcome is Outcome.DONE
+    story.expects(Phase.STOPPING)
+
+
+def test_a_full_holder_that_bakes_accepts_again_once_there_is_room() -> None:
+    """A bake may take long: the replacement does not wait for its end."""
+    story = Story(capacity=2)
+    replacement = story.to_baking(10)
+    story.lend(replacement, 20)
+    story.sent_one(replacement, messages.AcceptOff)
+    story.off(replacement)
+    story.release(replacement, 10, epoch=1)
+    story.sent_one(replacement, messages.AcceptOn)
+
+
+@pytest.mark.parametrize("phase", [Phase.BOOTING, Phase.STAGING, Phase.MOVING])
+def test_a_change_can_be_cancelled_in_every_phase(phase: Phase) -> None:
+    """Before the move it is refused, in the move rolled back; the reason is the operator's."""
+    story = in_phase(phase)
+    story.handle(events.CancelAsked("cancelled by an operator"))
+    if phase is Phase.MOVING:
+        story.expects(Phase.ROLLING_BACK)
+    else:
+        assert (story.result.outcome, story.result.error) == (Outcome.REFUSED, "cancelled by an operator")
+
+
+@pytest.mark.parametrize("is_one_way", [False, True])
+def test_a_release_whose_states_the_incumbent_cannot_read_goes_one_way_only(is_one_way: bool) -> None:  # noqa: FBT001
+    """A roll-back could not bring them back: refused before the move, unless somebody says that this is meant."""
+    story = Story()
+    story.lend(1, 10)
+    story.reload(is_one_way=is_one_way)
+    story.says(2, attrs.evolve(READY, writes=2, reads=[1, 2]))
+    if is_one_way:
+        story.expects(Phase.STAGING)
+        return
+    assert story.result.outcome is Outcome.REFUSED
+    assert "writes states of schema 2, the incumbent reads 1" in str(story.result.error)
+
+
+# ---- recovery
+
+
+def test_what_a_killed_worker_left_at_a_boundary_goes_to_another() -> None:
+    """Those that the kernel vouches for resume in another worker of the generation, the others are reset."""
+    story = Story(workers=2)
+    story.lend(1, 10, 11)
+    story.handle(Died(1, "was killed", {10: messages.Record(schema=1, state=b"newest"), 11: None}))
+    assert story.of(events.Reset) == [events.Reset(1011)]
+    assert kinds(story.sent(2)) == ["Stage", "Thaw", "Enter"]
+    assert story.sent_one(2, messages.Thaw).state == (b"newest",)
+    story.adopted(2, 10)
+    assert kinds(story.sent(2)) == ["MoveOver"]
+    assert story.standing(10) == (2, Standing.SERVED)
+    assert story.machine.holdings.counters["recovered"] == 1
+
+
+def test_a_record_that_nobody_has_touched_stands_where_there_is_no_slot() -> None:
+    """A replacement that dies with a record that it never served gives it back, with or without slots."""
+    story = Story()
+    replacement = story.to_thawed(10, move="rolling")
+    story.dies(replacement)
+    assert story.sent_one(1, messages.Thaw).flags == (RecordFlag.UNSERVED,)
+
+
+def test_a_record_that_was_served_is_not_used_again() -> None:
+    """The worker died with its adoption unsent: the kernel says that somebody has served since."""
+    story = Story()
+    replacement = story.to_thawed(10, move="rolling")
+    story.handle(Died(replacement, "was killed", {10: None}))
+    assert story.of(events.Reset) == [events.Reset(1010)]
+
+
+def test_a_fresh_worker_that_cannot_read_what_was_left_costs_the_connection() -> None:
+    """Another of its release could not either; the client is told."""
+    story = Story()
+    story.lend(1, 10)
+    story.handle(Died(1, "was killed", {10: messages.Record(schema=1)}))
+    fresh = max(story.machine.holdings.workers)
+    story.says(fresh, READY)
+    story.refused(fresh, 10, epoch=1)
+    assert story.of(events.Reset) == [events.Reset(1010)]
+
+
+def test_a_reload_waits_for_what_is_being_resumed_and_takes_along_what_is_parked() -> None:
+    """Nothing is left behind in a worker that is about to hand over, and nothing waits for a release that is broken."""
+    story = Story()
+    story.lend(1, 10)
+    story.handle(Died(1, "was killed", {10: messages.Record(schema=1)}))
+    story.says(2, READY)
+    story.reload()
+    story.says(3, READY)
+    story.expects(Phase.BOOTING)
+    story.adopted(2, 10)
+    story.expects(Phase.STAGING)
+
+    story = Story()
+    story.lend(1, 10)
+    story.handle(Died(1, "was killed", {10: messages.Record(schema=1, state=b"left")}))
+    story.reload()
+    story.says(3, READY)
+    story.staged(3)
+    assert story.sent_one(3, messages.Thaw).state == (b"left",)
+    assert story.sent_one(3, messages.Enter).cut
+    story.adopted(3, 10)
+    assert (story.result.outcome, story.result.lost) == (Outcome.DONE, 0)
 
 
 # ---- one change at a time
@@ -959,7 +1159,7 @@ def test_a_worker_that_stays_is_forgiven() -> None:
     assert story.of(events.Spawn)[0].after_s > 0
     worker = story.of(events.Spawn)[0].worker
     story.says(worker, READY)
-    assert story.sent(worker) == [messages.AcceptOn()]
+    assert story.sent(worker) == [messages.AcceptOn(moving=False)]
     story.handle(TimerFired("healthy"))
     story.dies(worker)
     assert story.of(events.Spawn)[0].after_s == 0.0
@@ -1069,7 +1269,7 @@ def test_a_full_holder_lets_clients_wait_in_the_backlog() -> None:
     story.release(1, 12)
     assert story.sent(1) == []
     story.release(1, 11)
-    assert story.sent(1) == [messages.AcceptOn()]
+    assert story.sent(1) == [messages.AcceptOn(moving=False)]
 
 
 @pytest.mark.parametrize("outcome", [Outcome.DONE, Outcome.REFUSED, Outcome.ROLLED_BACK])
@@ -1081,10 +1281,10 @@ def test_room_that_comes_during_a_change_is_used_after_it(outcome: Outcome) -> N
     if outcome is Outcome.REFUSED:
         story.release(1, 11)
         story.handle(TimerFired("change"))
-        assert messages.AcceptOn() in story.sent(1)
+        assert messages.AcceptOn(moving=False) in story.sent(1)
         return
     story.staged(replacement)
-    assert messages.AcceptOn() not in story.sent(replacement)
+    assert messages.AcceptOn(moving=True) not in story.sent(replacement)
     story.off(1)
     story.release(1, 11)
     if outcome is Outcome.ROLLED_BACK:
@@ -1093,12 +1293,12 @@ def test_room_that_comes_during_a_change_is_used_after_it(outcome: Outcome) -> N
         story.off(replacement)
         story.frozen(1, 10)
         story.adopted(1, 10)
-        assert messages.AcceptOn() in seen + story.sent(1)
+        assert messages.AcceptOn(moving=False) in seen + story.sent(1)
         return
     story.frozen(1, 10)
     story.adopted(replacement, 10)
     assert story.result.outcome is Outcome.DONE
-    assert messages.AcceptOn() in story.sent(replacement)
+    assert messages.AcceptOn(moving=False) in story.sent(replacement)
 
 
 def test_the_ack_of_an_earlier_accept_off_does_not_count_for_the_move() -> None:

@@ -183,6 +183,19 @@ def test_the_user_s_worker_is_started_again_as_that_user(copyover_server: Server
 
 @others.needs_root
 @pytest.mark.usefixtures("paths")
+def test_rights_are_the_same_after_an_upgrade(copyover_server: Servers) -> None:
+    """Of the workers that the next program starts, and of those who may command it."""
+    server = as_nobody(copyover_server, control_group=GROUP.gr_name, worker_connections=1)
+    with Client(server.address) as client:
+        assert command(server, "upgrade", server.name, groups=(1,)).returncode == 0
+        assert server.status()["limits"]["worker_connections"] == 1
+        assert command(server, "status", server.name).returncode == 8
+        assert command(server, "reload", server.name, groups=(1,)).returncode == 0
+        assert Worker(client).tries(do="identity")["uid"] == [pwd.getpwnam(others.NOBODY).pw_uid] * 3
+
+
+@others.needs_root
+@pytest.mark.usefixtures("paths")
 def test_the_user_is_no_matter_of_a_reload(copyover_server: Servers) -> None:
     """The directory was made for it: a change is refused, and the incumbent serves."""
     server = as_nobody(copyover_server)

@@ -198,14 +198,14 @@ def test_a_path_that_is_no_utf_8_travels() -> None:
 
 def test_a_json_part_where_none_belongs_is_refused() -> None:
     """A kind without rare values has no JSON part."""
-    header = wire.Header(1, messages.AcceptOn.KIND, 0, 2, 0, 0)
+    header = wire.Header(1, messages.MoveOver.KIND, 0, 2, 0, 0)
     with pytest.raises(WireError, match="JSON"):
         wire.decode(header, b"{}")
 
 
 def test_rows_where_none_belong_are_refused() -> None:
     """A kind without columns has no rows."""
-    header = wire.Header(1, messages.AcceptOn.KIND, 3, 0, 0, 0)
+    header = wire.Header(1, messages.MoveOver.KIND, 3, 0, 0, 0)
     with pytest.raises(WireError, match="no rows"):
         wire.decode(header, b"")
 
@@ -275,7 +275,7 @@ def test_another_magic_is_refused() -> None:
 @pytest.mark.parametrize("version", [0, 2, 255])
 def test_another_version_is_refused_except_in_a_hello(version: int) -> None:
     """Only hello is read at any version: it is what the versions are agreed on with."""
-    header, _ = encoded(messages.AcceptOn(), version=version)
+    header, _ = encoded(messages.AcceptOn(moving=False), version=version)
     with pytest.raises(WireError, match=f"wire version {version}"):
         wire.decode_header(header.pack())
     hello = GOLDEN_1[0][0]
@@ -314,9 +314,9 @@ def test_kinds_are_unique() -> None:
 
 def test_expect_names_both_kinds() -> None:
     """A message out of turn is refused with what was expected and what came."""
-    assert messages.expect(messages.AcceptOn(), messages.AcceptOn) == messages.AcceptOn()
+    assert messages.expect(messages.AcceptOn(moving=False), messages.AcceptOn) == messages.AcceptOn(moving=False)
     with pytest.raises(WireError, match=r"Hello was expected, AcceptOn came"):
-        messages.expect(messages.AcceptOn(), messages.Hello)
+        messages.expect(messages.AcceptOn(moving=False), messages.Hello)
 
 
 def test_the_header_is_sixteen_bytes() -> None:
@@ -427,8 +427,8 @@ GOLDEN_1: list[tuple[messages.Message, str]] = [
         "636f0121000000000b000000000000007b22746f74616c223a327d",
     ),
     (
-        messages.AcceptOn(),
-        "636f0122000000000000000000000000",
+        messages.AcceptOn(moving=False),
+        "636f01220000000010000000000000007b226d6f76696e67223a66616c73657d",
     ),
     (
         messages.AcceptOff(moving=True),
@@ -492,6 +492,62 @@ GOLDEN_1: list[tuple[messages.Message, str]] = [
     (
         messages.Push(cookie=(7, 8), act=(0, 1), pushed=(b"hi\n", b"")),
         "636f012c020000000000000000000000070000000000000008000000000000000001030000000000000068690a",
+    ),
+    (
+        messages.Attach(
+            key="5ec2e7",
+            generation=3,
+            directory="/srv",
+            python="/srv/.venv/bin/python",
+            app_dir="/srv",
+            application="app:chat",
+            loop="asyncio",
+            writes=1,
+            reads=[1, 2],
+            shares=True,
+            is_committed=True,
+            is_leaving=False,
+            names=["web"],
+            listener=(0,),
+        ),
+        (
+            "636f010d01000000ec000000010000007b226b6579223a22356563326537222c2267656e65726174696f6e223a332c22"
+            "6469726563746f7279223a222f737276222c22707974686f6e223a222f7372762f2e76656e762f62696e2f707974686f"
+            "6e222c226170705f646972223a222f737276222c226170706c69636174696f6e223a226170703a63686174222c226c6f"
+            "6f70223a226173796e63696f222c22777269746573223a312c227265616473223a5b312c325d2c22736861726573223a"
+            "747275652c2269735f636f6d6d6974746564223a747275652c2269735f6c656176696e67223a66616c73652c226e616d"
+            "6573223a5b22776562225d7d0000"
+        ),
+    ),
+    (
+        messages.View(
+            cookie=(7, 8),
+            epoch=(1, 2),
+            listener=(0, 1),
+            standing=(0, 1),
+            kind=(1, 0),
+            flags=(3, 0),
+            schema=(2, 1),
+            received=(10, 2**63),
+            sent=(20, 0),
+            halted_ns=(30, 5),
+            unread=(b"un", b""),
+            unsent=(b"out", b""),
+            state=(b'{"n":1}', b"\x00"),
+        ),
+        (
+            "636f010e02000000000000000200000001000300020001000a0000000000000000000000000000801400000000000000"
+            "00000000000000001e000000000000000500000000000000070000000000000008000000000000000100000002000000"
+            "000001000001020000000000000003000000000000000700000001000000756e6f75747b226e223a317d00"
+        ),
+    ),
+    (
+        messages.Viewed(cookie=(9, 10)),
+        "636f010f02000000000000000000000009000000000000000a00000000000000",
+    ),
+    (
+        messages.Recall(wire=1),
+        "636f012d000000000a000000000000007b2277697265223a317d",
     ),
 ]
 

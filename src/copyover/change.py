@@ -24,6 +24,7 @@ class Phase(enum.Enum):
     BOOTING = "booting"
     STAGING = "staging"
     MOVING = "moving"
+    BAKING = "baking"
     ROLLING_BACK = "rolling-back"
     STOPPING = "stopping"
     STOPPED = "stopped"
@@ -39,6 +40,7 @@ class Change:
         self.phases_ms: dict[str, float] = {}
         self.reason: str | None = None
         self.status = 0
+        self.is_proven = False  # its health command has succeeded
         self._phase_began_s = now_s
 
     def leave_phase(self, phase: Phase, now_s: float) -> float:

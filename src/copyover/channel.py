@@ -132,7 +132,7 @@ class Channel:
         header, body = wire.encode(message, descriptors=len(descriptors), version=self.version)
         outgoing = _Outgoing(header.pack() + body, descriptors, [], on_sent)
         if len(body) > MAX_PACKET_BYTES:
-            memfd = _sealed_memfd(body)
+            memfd = sealed_memfd(body)
             outgoing.payload = attrs.evolve(header, flags=header.flags | wire.FLAG_MEMFD).pack()
             outgoing.descriptors, outgoing.owned = [*descriptors, memfd], [memfd]
         self._queue.append(outgoing)
@@ -233,12 +233,13 @@ def _open_packet(payload: bytes, descriptors: list[int]) -> Packet:
         return Packet(wire.decode(header, memoryview(payload)[wire.HEADER.size :]), descriptors)
     if len(payload) != wire.HEADER.size:
         raise WireError(f"a packet has {len(payload)} bytes and its body in a memfd")
-    message = wire.decode(header, _read_memfd(descriptors[-1]))
+    message = wire.decode(header, read_memfd(descriptors[-1]))
     os.close(descriptors.pop())
     return Packet(message, descriptors)
 
 
-def _sealed_memfd(body: bytes) -> int:
+def sealed_memfd(body: bytes) -> int:
+    """Return a new memfd with *body*, which nobody can change any more."""
     flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     try:
         memfd = os.memfd_create("copyover", flags | _MFD_NOEXEC_SEAL)
@@ -254,7 +255,14 @@ def _sealed_memfd(body: bytes) -> int:
     return memfd
 
 
-def _read_memfd(memfd: int) -> bytes:
+def read_memfd(memfd: int) -> bytes:
+    """
+    Return what a borrowed memfd holds.
+
+    Raises:
+        WireError: it is none, it is not sealed, it is empty or too large.
+
+    """
     try:
         seals = fcntl.fcntl(memfd, fcntl.F_GET_SEALS)
     except OSError as problem:

@@ -101,12 +101,38 @@ def _here() -> Path:
 )
 @click.option("--no-wait", is_flag=True, help="Ask for it and return.")
 @click.option("--move", type=click.Choice(["together", "rolling"]), help="How connections move, this time.")
-def reload(name: str | None, timeout_s: float | None, move: str | None, *, as_json: bool, no_wait: bool) -> None:
+@click.option("--bake", "bake_s", type=click.FloatRange(min=0), help="Keep the incumbent ready so many seconds more.")
+@click.option("--health", metavar="COMMAND", help="Run while baking, again and again; a failure rolls back.")
+@click.option("--one-way", is_flag=True, help="Go on though the incumbent cannot read the new states.")
+def reload(name: str | None, *, as_json: bool, no_wait: bool, one_way: bool, **wishes: Any) -> None:
     """Replace the interpreters; live connections go on."""
     name = name or directories.default_name()
-    request = {"do": "reload", "wait": not no_wait, **configs.wishes({"timeout_s": timeout_s, "move": move})}
+    request = {"do": "reload", "wait": not no_wait, "one_way": one_way, **configs.wishes(wishes)}
+    _follow(name, request, as_json=as_json)
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
+@click.option("--one-way", is_flag=True, help="Go on though the present release cannot read its states.")
+def rollback(name: str | None, *, as_json: bool, one_way: bool) -> None:
+    """Undo the reload under way; else go back to the release before, as a reload."""
+    _follow(name or directories.default_name(), {"do": "rollback", "one_way": one_way}, as_json=as_json)
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
+def cancel(name: str | None, *, as_json: bool) -> None:
+    """Undo the reload under way: everything returns to the incumbent."""
+    _follow(name or directories.default_name(), {"do": "cancel"}, as_json=as_json)
+
+
+def _follow(name: str, request: dict[str, Any], *, as_json: bool) -> None:
+    """Ask for a change, wait for its result, say it, and exit with its code."""
+    timeout_s = request.get("timeout_s")
     try:
-        patience_s = None if timeout_s is None else timeout_s + GRACE_S
+        patience_s = None if timeout_s is None else timeout_s + request.get("bake_s", 0.0) + GRACE_S
         with console.call(name, request, patience_s=patience_s) as answers:
             result = _await_result(answers)
     except (KeyboardInterrupt, TimeoutError):
@@ -147,6 +173,9 @@ def _explain_reload(result: dict[str, Any], name: str) -> None:
     if outcome == "started":
         click.echo(f"copyover: the reload is asked for; see: copyover status {name}", err=True)
         return
+    if outcome == "nothing":
+        click.echo(f"copyover: {result['error']}", err=True)
+        return
     counts = result["connections"]
     if outcome == "done":
         pause = result["pause_ms"]
@@ -165,6 +194,30 @@ def _explain_reload(result: dict[str, Any], name: str) -> None:
         click.echo("The last lines that the replacement wrote:", err=True)
         for line in result["stderr_tail"]:
             click.echo(f"  | {line}", err=True)
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--python", help="The interpreter that has the new copyover; default the one that the holder runs.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
+def upgrade(name: str | None, python: str | None, *, as_json: bool) -> None:
+    """Replace the holder's own program; its pid, its workers and all connections stay."""
+    if python is not None and "/" in python:
+        python = str(_here() / python)
+    result = _ask(name, {"do": "upgrade", "python": python}, patience_s=2 * GRACE_S)  # it has two deadlines of its own
+    if as_json:
+        click.echo(json.dumps(result))
+    if result["outcome"] == "done":
+        before, now = result["from"], result["to"]
+        click.echo(
+            f"the holder (pid {result['pid']}) is copyover {now['copyover']} on Python {now['python']} now, and was "
+            f"{before['copyover']} on {before['python']}: {result['connections']} connections and {result['workers']} "
+            f"workers stay; it was away {result['away_ms']:.0f} ms",
+            err=True,
+        )
+    else:
+        click.echo(f"copyover: {result['outcome']}: {result['error']}", err=True)
+    sys.exit(result["exit_code"])
 
 
 @main.command()
@@ -199,12 +252,12 @@ def connections(name: str | None, *, as_json: bool) -> None:
 def events(name: str | None, *, follow: bool, as_json: bool) -> None:  # noqa: ARG001  # every command takes --json
     """Print the last 1000 transitions of the holder, one JSON object a line."""
     if follow:
-        sys.exit(_follow(name or directories.default_name()))
+        sys.exit(_follow_events(name or directories.default_name()))
     for noted in _ask(name, {"do": "events"})["events"]:
         click.echo(json.dumps(noted))
 
 
-def _follow(name: str) -> int:
+def _follow_events(name: str) -> int:
     """Print what happens until the holder has stopped, or Ctrl-C; return the exit code."""
     has_stopped = False
     with contextlib.suppress(KeyboardInterrupt), console.call(name, FOLLOW, patience_s=None) as answers:
@@ -231,10 +284,10 @@ def stop(name: str | None, *, as_json: bool) -> None:
         click.echo(f"holder {name} (pid {found['pid']}) has stopped", err=True)
 
 
-def _ask(name: str | None, request: dict[str, Any]) -> dict[str, Any]:
+def _ask(name: str | None, request: dict[str, Any], *, patience_s: float = GRACE_S) -> dict[str, Any]:
     name = name or directories.default_name()
     try:
-        with console.call(name, request, patience_s=GRACE_S) as answers:
+        with console.call(name, request, patience_s=patience_s) as answers:
             for answer in answers:
                 return _result_of(answer)
     except TimeoutError:

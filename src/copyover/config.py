@@ -27,6 +27,11 @@ def _key(doc: str, *, reloadable: bool = True, **options: Any) -> Any:
     return attrs.field(metadata={"doc": doc, "reloadable": reloadable}, **options)
 
 
+def _needs_bake(config: Config | None, _field: Any, health: str | None) -> None:
+    if config is not None and health is not None and config.bake_s <= 0:
+        raise ConfigError("is watched while baking, and bake_s is 0: set that too", key="health")
+
+
 LONGEST_S = 1e7  # 115 days: longer is never, and infinity is no number of milliseconds
 
 
@@ -61,6 +66,14 @@ class Config:
         "how long kept connections may live on", default=3600.0, validator=[ge(0), le(LONGEST_S)]
     )
     max_retiring: int = _key("generations that may retire at a time", default=2, validator=ge(1))
+    bake_s: float = _key(
+        "how long the incumbent waits after the move, ready to take all back",
+        default=0.0,
+        validator=[ge(0), le(LONGEST_S)],
+    )
+    health: str | None = _key(
+        "run again and again by /bin/sh while baking; a failure rolls back", default=None, validator=_needs_bake
+    )
     stop_timeout_s: float = _key("how long a stop waits for boundaries", default=10.0, validator=[ge(0), le(LONGEST_S)])
     line_bytes: int = _key("the longest line", default=64 << 10, validator=ge(1))
     message_bytes: int = _key("the longest message of messages() and read_exactly()", default=1 << 20, validator=ge(1))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from copyover import messages
 
@@ -51,6 +51,9 @@ class Reload:
     boundary_s: float = 5.0
     drain_s: float = 3600.0
     max_retiring: int = 2
+    bake_s: float = 0.0
+    needs_health: bool = False  # commit only after a health command has succeeded
+    is_one_way: bool = False  # states that the incumbent cannot read are no reason to refuse
     quotas: Quotas = Quotas()
     is_remembered: bool = False  # a SIGHUP while another change is under way is done after it, once
 
@@ -66,10 +69,72 @@ class FromWorker:
 
 @attrs.frozen
 class Died:
-    """The worker is reaped and its channel is read to the end."""
+    """
+    The worker is reaped and its channel is read to the end.
+
+    *recovered*: what its slots and the kernel's counters say of its connections: the record from which one resumes, or
+    None where nobody can go on. One that is missing left no trace: the record that it was given, if any, stands.
+    """
 
     worker: int
     how: str
+    recovered: Mapping[int, messages.Record | None] = attrs.field(factory=dict)
+
+
+@attrs.frozen
+class Row:
+    """
+    One connection as a worker reports it to a new holder; *descriptor* is its copy, ours now.
+
+    *is_current*: nobody has used the connection since the record was taken, as far as the kernel can tell.
+    """
+
+    cookie: int
+    epoch: int
+    listener: int
+    doing: messages.Doing
+    record: messages.Record
+    is_current: bool
+    descriptor: int
+
+
+@attrs.frozen
+class Report:
+    """All that one worker has, reported to a new holder."""
+
+    worker: int
+    generation: int
+    abilities: messages.Ready
+    is_committed: bool
+    is_leaving: bool
+    rows: Sequence[Row]
+    tombstones: Sequence[int]
+
+
+@attrs.frozen
+class Reunited:
+    """
+    All workers of a holder that died have reported, or are dead.
+
+    *asked* is how a roll-back of what was under way is to be done, and how many workers are to serve.
+    """
+
+    asked: Reload
+    reports: Sequence[Report]
+
+
+@attrs.frozen
+class CancelAsked:
+    """Somebody wants the change under way undone; the answer is the Finished of that change."""
+
+    reason: str
+
+
+@attrs.frozen
+class Checked:
+    """The health command has ended; *problem* is None if it succeeded."""
+
+    problem: str | None
 
 
 @attrs.frozen
@@ -82,7 +147,7 @@ class StopAsked:
     drain_s: float
 
 
-Event = Reload | FromWorker | Died | TimerFired | StopAsked
+Event = Reload | Reunited | CancelAsked | FromWorker | Died | Checked | TimerFired | StopAsked
 
 
 # ---- effects
@@ -119,6 +184,13 @@ class Reset:
     """Nobody can serve it: tell the client with a true RST, and close our copy."""
 
     descriptor: int
+
+
+@attrs.frozen
+class CheckHealth:
+    """Run the health command of the change again and again, or stop it."""
+
+    is_on: bool
 
 
 @attrs.frozen
@@ -167,4 +239,4 @@ class AskAgain:
     """A reload was asked for meanwhile: pin the release as it is now, and ask."""
 
 
-Effect = Send | Spawn | Kill | Close | Reset | SetTimer | Note | Finished | AskAgain
+Effect = Send | Spawn | Kill | Close | Reset | CheckHealth | SetTimer | Note | Finished | AskAgain

@@ -18,7 +18,7 @@ from copyover.errors import IllegalEvent
 from copyover.ledger import Ending, Entry, Ledger, Standing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 ROOM = 0.95  # what was full accepts again below that share
 MAX_BACKOFF_S = 30.0
@@ -79,7 +79,7 @@ class Holdings:
         self.failures = 0
         self.effects: list[events.Effect] = []
         self.batches = itertools.count(1)  # never twice the same: an answer names the freeze that it is to
-        self._next_worker = itertools.count(1)
+        self.worker_numbers = itertools.count(1)
 
     # ---- effects
 
@@ -98,8 +98,13 @@ class Holdings:
     def set_timer(self, name: str, after_s: float | None) -> None:
         self.effects.append(events.SetTimer(name, after_s))
 
+    def number_on(self, worker: int, batch: int) -> None:
+        """Go on numbering from here: what a dead holder named must not be named again."""
+        self.worker_numbers = itertools.count(worker)
+        self.batches = itertools.count(batch)
+
     def spawn(self, generation: int, after_s: float = 0.0) -> int:
-        worker = next(self._next_worker)
+        worker = next(self.worker_numbers)
         self.workers[worker] = Worker(worker, generation)
         self.effects.append(events.Spawn(worker, generation, after_s))
         return worker
@@ -124,13 +129,13 @@ class Holdings:
         """Return the workers of the serving generation that are ready."""
         return [w for w in self.workers.values() if w.generation == self.generation and w.strength is Strength.READY]
 
-    def admit(self, worker: int) -> None:
+    def admit(self, worker: int, *, is_moving: bool = False) -> None:
         """Let it accept, unless we could not keep what it accepts: then clients wait in the backlog."""
         if self.is_full or not self.is_alive(worker):
             return
         if self._has_room(self.workers[worker]):
             self.workers[worker].is_full = False
-            self.send(worker, messages.AcceptOn())
+            self.send(worker, messages.AcceptOn(moving=is_moving))
         else:
             self._fill(self.workers[worker])
 
@@ -196,16 +201,20 @@ class Holdings:
         """
         Forget a dead worker.
 
-        Returns it, the connections that it had been given and had not served (parked now), and those that are lost:
-        their state died with it.
+        Returns it, the connections that somebody else can go on with (parked now), and those that are lost.
         """
         worker = self.workers.pop(event.worker)
         had = self.ledger.owned[worker.id]
-        unserved, lost = [], []
+        parked, lost = [], []
         for entry in list(self.ledger.of(worker.id)):
-            if self.ledger.has_record(entry):
-                unserved.append(self.ledger.park(entry.cookie))
-            elif entry.standing is not Standing.PARKED:
+            if entry.standing is Standing.PARKED:
+                continue
+            record = event.recovered.get(entry.cookie)
+            if record is not None:
+                parked.append(self._recover(entry, record))
+            elif entry.cookie not in event.recovered and self.ledger.has_record(entry):
+                parked.append(self.ledger.park(entry.cookie))
+            else:
                 lost.append(entry.cookie)
         for cookie in lost:
             self.lose(cookie)
@@ -217,9 +226,16 @@ class Holdings:
             generation=worker.generation,
             how=event.how,
             connections=had,
+            parked=len(parked),
             lost=len(lost),
         )
-        return worker, unserved, lost
+        return worker, parked, lost
+
+    def _recover(self, entry: Entry, record: messages.Record) -> Entry:
+        self.counters["recovered"] += 1
+        self.counters["interrupted"] += bool(record.flags & messages.RecordFlag.INTERRUPTED)
+        self.kept.pop(entry.cookie, None)  # it belongs to the serving generation from here
+        return self.ledger.recover(entry.cookie, record)
 
     def staged(self, event: events.FromWorker) -> None:
         """
@@ -278,6 +294,57 @@ class Holdings:
         )
         for accepting in [worker for worker in self.workers.values() if worker.strength is Strength.READY]:
             self.accept_off(accepting, is_moving=False)
+
+    def adopt(self, event: events.FromWorker) -> list[tuple[Entry, int]]:
+        """
+        Note that the sender serves what it was given; returns it with its pause in us.
+
+        Where a freeze has crossed the adoption nothing is returned: the answer to that follows.
+
+        Raises:
+            IllegalEvent: one was not given to it.
+
+        """
+        message = messages.expect(event.message, messages.Adopted)
+        self.ledger.check(event.worker, message.cookie, message.epoch, (Standing.THAWING, Standing.FREEZING))
+        held: list[tuple[int, int, bytes]] = []
+        served: list[tuple[Entry, int]] = []
+        for cookie, epoch, pause_us in zip(message.cookie, message.epoch, message.pause_us, strict=True):
+            if self.ledger.is_late(cookie):
+                continue
+            entry = self.ledger.adopt(event.worker, cookie, epoch)
+            held += [(cookie, act, pushed) for act, pushed in entry.moving.pushed]
+            entry.moving.pushed.clear()
+            if entry.standing is Standing.SERVED:
+                served.append((entry, pause_us))
+        self.push(event.worker, held)
+        return served
+
+    def stage(self, target: int, entries: Iterable[Entry]) -> None:
+        """Give a worker descriptors, so that it builds them, paused."""
+        for chunk in chunks(list(entries), messages.MAX_DESCRIPTORS):
+            for entry in chunk:
+                self.ledger.stage(entry.cookie, target)
+            self.workers[target].staged += len(chunk)
+            cookies, places = [entry.cookie for entry in chunk], [entry.listener for entry in chunk]
+            message = messages.Stage(cookie=tuple(cookies), listener=tuple(places))
+            self.send(target, message, [entry.descriptor for entry in chunk])
+
+    def thaw(self, target: int, rows: Sequence[tuple[Entry, messages.Record]]) -> None:
+        """Give a worker the records of parked connections that it has built."""
+        for entry, _ in rows:
+            self.ledger.thaw(entry.cookie, target)
+        for cut in messages.record_chunks([record for _, record in rows], messages.MAX_ROWS):
+            self.send(
+                target,
+                messages.Thaw(
+                    cookie=tuple([entry.cookie for entry, _ in rows[cut]]),
+                    epoch=tuple([entry.epoch for entry, _ in rows[cut]]),
+                    **messages.record_columns([record for _, record in rows[cut]]),
+                ),
+            )
+        if not all(record.flags & messages.RecordFlag.CUT for _, record in rows):
+            self.send(target, messages.Enter(cut=False))
 
     def forward(self, event: events.FromWorker) -> None:
         """Give what was pushed to connections that have moved to whoever has them; to one that ended, to nobody."""
@@ -340,3 +407,7 @@ class Holdings:
         self.is_full = False
         self.note("room", connections=len(self.ledger))
         return True
+
+
+def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    return (items[at : at + size] for at in range(0, len(items), size))

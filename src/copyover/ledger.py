@@ -156,7 +156,7 @@ class Ledger:
 
     def stage(self, cookie: int, worker: int) -> None:
         passage = self.entries[cookie].moving
-        passage.staged_in, passage.since_s = worker, self.now_s
+        passage.staged_in, passage.since_s = passage.staged_in or worker, self.now_s
 
     def freeze(self, cookie: int) -> int:
         """Return the epoch at which its owner is asked to stop."""
@@ -232,6 +232,14 @@ class Ledger:
         entry.moving.is_given = False
         return entry
 
+    def recover(self, cookie: int, record: Record) -> Entry:
+        """Take over what a dead worker served, from its last boundary."""
+        entry = self.entries[cookie]
+        passage = entry.moving
+        passage.record, passage.is_given, passage.was_adopted = record, False, True
+        self._stand(entry, Standing.PARKED)
+        return entry
+
     def begin(self) -> None:
         """A move begins: note who ends."""
         self.is_moving = True
@@ -258,8 +266,16 @@ class Ledger:
             passage.origin = 0
 
     def settle(self) -> None:
-        """The move is over: forget records, origins and tombstones."""
+        """The move is over: forget origins, tombstones, and the records of what is served."""
         self.is_moving = False
-        for entry in self.entries.values():
-            entry.passage = None
+        self.forget_passages()
         self.tombstones.clear()
+
+    def forget_passages(self) -> None:
+        """What is parked keeps its record: nobody else has it."""
+        for entry in self.entries.values():
+            passage = entry.passage
+            if passage is not None and entry.standing is Standing.PARKED:
+                entry.passage = Passage(record=passage.record, was_adopted=True, pushed=passage.pushed)
+            elif entry.standing is not Standing.THAWING:
+                entry.passage = None

@@ -41,6 +41,14 @@ class Act(enum.IntEnum):
     ABORT = 2  # RST
 
 
+class Doing(enum.IntEnum):
+    """What a worker does with a connection while no holder lives."""
+
+    SERVES = 0
+    FROZE = 1  # the record is what it was frozen with
+    WAITS = 2  # it was given the record, and was not told to enter
+
+
 class RecordFlag(enum.IntFlag):
     """What else a record says about its connection."""
 
@@ -48,6 +56,7 @@ class RecordFlag(enum.IntFlag):
     FINISHED = 2  # the handler has returned: send what is unsent, then close
     UNSERVED = 4  # thaw only: nobody served it since you froze it; use your own record and coroutine
     CUT = 8  # thaw only: part of a consistent cut, entered with all the others of it
+    INTERRUPTED = 16  # its worker was killed in the middle of a message: it resumes at the boundary before
 
 
 @attrs.frozen
@@ -265,6 +274,53 @@ class Forward(Message):
     pushed: tuple[bytes, ...] = blob()
 
 
+@attrs.frozen(kw_only=True)
+class Attach(Message):
+    """
+    To a new holder, once it asked: who this worker is, and the listeners that it has, one descriptor a row.
+
+    *key* is the secret of the holder's name. *is_committed*: its generation was told to serve, other than by a move
+    that is still under way.
+    """
+
+    KIND: ClassVar[int] = 13
+    CARRIES_DESCRIPTORS: ClassVar[bool] = True
+    key: str = rare(str)
+    generation: int = rare(int)
+    directory: str = rare(str)
+    python: str = rare(str)
+    app_dir: str = rare(str)
+    application: str = rare(str)
+    loop: str = rare(str)
+    writes: int = rare(int)
+    reads: list[int] = rare(list)
+    shares: bool = rare(bool)
+    is_committed: bool = rare(bool)
+    is_leaving: bool = rare(bool)  # it retires, or stops
+    names: list[str] = rare(list)  # of the listeners
+    listener: tuple[int, ...] = column("H")
+
+
+@attrs.frozen(kw_only=True)
+class View(_WithRecords):
+    """What this worker does with its connections, one descriptor a row; *standing* is a Doing, records as in frozen."""
+
+    KIND: ClassVar[int] = 14
+    CARRIES_DESCRIPTORS: ClassVar[bool] = True
+    cookie: tuple[int, ...] = column("Q")
+    epoch: tuple[int, ...] = column("I")
+    listener: tuple[int, ...] = column("H")
+    standing: tuple[int, ...] = column("B")
+
+
+@attrs.frozen(kw_only=True)
+class Viewed(Message):
+    """That was all; *cookie* are the tombstones: what has ended here since the move began."""
+
+    KIND: ClassVar[int] = 15
+    cookie: tuple[int, ...] = column("Q")
+
+
 # ---- holder to worker
 
 
@@ -293,7 +349,10 @@ class LendAck(Message):
 
 @attrs.frozen(kw_only=True)
 class AcceptOn(Message):
+    """Accept. With *moving* it is a replacement's part of a move, and says nothing of how that ends."""
+
     KIND: ClassVar[int] = 34
+    moving: bool = rare(bool)
 
 
 @attrs.frozen(kw_only=True)
@@ -395,8 +454,22 @@ class Push(Message):
     pushed: tuple[bytes, ...] = blob()
 
 
-FROM_WORKER = (Hello, Ready, Failed, Lend, Release, AcceptOffAck, Staged, Frozen, Refused, Gathered, Adopted, Forward)
-FROM_HOLDER = (Welcome, LendAck, AcceptOn, AcceptOff, Stage, Freeze, Thaw, Enter, Drop, Commit, MoveOver, Stop, Push)
+@attrs.frozen(kw_only=True)
+class Recall(Message):
+    """A new holder asks what the worker has; the answer is attach, view and viewed."""
+
+    KIND: ClassVar[int] = 45
+    wire: int = rare(int)
+
+
+FROM_WORKER = (
+    *(Hello, Ready, Failed, Lend, Release, AcceptOffAck, Staged, Frozen, Refused, Gathered, Adopted, Forward),
+    *(Attach, View, Viewed),
+)
+FROM_HOLDER = (
+    *(Welcome, LendAck, AcceptOn, AcceptOff, Stage, Freeze, Thaw, Enter, Drop, Commit, MoveOver, Stop, Push),
+    Recall,
+)
 BY_KIND: dict[int, type[Message]] = {kind.KIND: kind for kind in (*FROM_WORKER, *FROM_HOLDER)}
 
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import collections
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import attrs
 
 from copyover import messages
+from copyover.holdings import chunks
 from copyover.ledger import Standing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
     from copyover.events import FromWorker, Reload
     from copyover.holdings import Holdings, Worker
@@ -64,21 +65,28 @@ class Move:
         for worker in self.living_incumbents() + self.living_replacements():
             worker.begin_move()
         owners = set(self.incumbents)
-        self.stage([entry for entry in self._ledger.entries.values() if entry.owner in owners])
+        entries = self._ledger.entries.values()
+        self.stage([entry for entry in entries if entry.owner in owners or entry.standing is Standing.PARKED])
+
+    def resume(self) -> None:
+        """Go on with the move of a holder that died: everything is built, frozen or thawed where it is."""
+        self._ledger.begin()
+        for worker in self.living_incumbents() + self.living_replacements():
+            worker.begin_move()
 
     def stage(self, entries: Iterable[Entry]) -> None:
         per_target: dict[int, list[Entry]] = {}
+        staged: collections.Counter[int] = collections.Counter()
         for entry in entries:
-            target = self._target(entry)
+            target = self._target(entry, staged)
             if target is not None:
                 self.open.add(entry.cookie)
-                self._ledger.stage(entry.cookie, target.id)
-                target.staged += 1
+                staged[target.id] += 1
                 per_target.setdefault(target.id, []).append(entry)
-        for target_id, staged in per_target.items():
-            self._send_stage(target_id, staged)
+        for target_id, batch in per_target.items():
+            self._holdings.stage(target_id, batch)
 
-    def _target(self, entry: Entry) -> Worker | None:
+    def _target(self, entry: Entry, staged: collections.Counter[int]) -> Worker | None:
         """Return the replacement's worker for an incumbent's connection; together, all of one go to one."""
         living = self.living_replacements()
         if not living:
@@ -86,13 +94,7 @@ class Move:
         if self.is_together:
             route = self._routes.get(entry.owner, 0)
             return self._holdings.workers[route] if self._holdings.is_alive(route) else living[0]
-        return min(living, key=lambda worker: worker.staged + self._ledger.owned[worker.id])
-
-    def _send_stage(self, target: int, entries: list[Entry]) -> None:
-        for chunk in _chunks(entries, messages.MAX_DESCRIPTORS):
-            cookies, places = [entry.cookie for entry in chunk], [entry.listener for entry in chunk]
-            message = messages.Stage(cookie=tuple(cookies), listener=tuple(places))
-            self._holdings.send(target, message, [entry.descriptor for entry in chunk])
+        return min(living, key=lambda worker: worker.staged + staged[worker.id] + self._ledger.owned[worker.id])
 
     @property
     def is_staged(self) -> bool:
@@ -106,7 +108,8 @@ class Move:
             self._holdings.accept_off(incumbent, is_moving=True)
         if not self.is_together:
             for replacement in self.living_replacements():
-                self._holdings.admit(replacement.id)
+                self._holdings.admit(replacement.id, is_moving=True)
+        self.place_all()  # those whose worker was killed before
 
     def accept_off_acked(self, worker: Worker) -> None:
         """All its lends are in: the set of its connections is closed, freezing can begin."""
@@ -116,9 +119,9 @@ class Move:
             worker.queue.extend(served)
             self._feed(worker)
             return
-        chunks = list(_chunks(served, messages.MAX_ROWS)) or [[]]
-        for place, chunk in enumerate(chunks):
-            self._freeze(worker, chunk, is_cut=True, more=place + 1 < len(chunks))
+        packets = list(chunks(served, messages.MAX_ROWS)) or [[]]
+        for place, packet in enumerate(packets):
+            self._freeze(worker, packet, is_cut=True, more=place + 1 < len(packets))
 
     def _freeze(self, worker: Worker, cookies: Sequence[int], *, is_cut: bool, more: bool = False) -> None:
         batch = next(self._holdings.batches)
@@ -190,24 +193,12 @@ class Move:
             IllegalEvent: one was not given to it.
 
         """
-        message = messages.expect(event.message, messages.Adopted)
-        standings = (Standing.THAWING, Standing.FREEZING)
-        self._ledger.check(event.worker, message.cookie, message.epoch, standings)
-        held: list[tuple[int, int, bytes]] = []
-        for cookie, epoch, pause_us in zip(message.cookie, message.epoch, message.pause_us, strict=True):
-            if self._ledger.is_late(cookie):
-                continue
-            entry = self._ledger.adopt(event.worker, cookie, epoch)
-            held += [(cookie, act, pushed) for act, pushed in entry.moving.pushed]
-            entry.moving.pushed.clear()
-            if entry.standing is not Standing.SERVED:
-                continue  # a freeze has crossed it, its answer follows
+        for entry, pause_us in self._holdings.adopt(event):
             self.pauses_us.append(pause_us)
             self.moved += event.worker in self.replacements
             if entry.moving.kept_because is not None:
-                self.kept[cookie] = entry.moving.kept_because
-            self._settled(cookie)
-        self._holdings.push(event.worker, held)
+                self.kept[entry.cookie] = entry.moving.kept_because
+            self._settled(entry.cookie)
 
     def refused(self, event: FromWorker) -> None:
         """
@@ -256,7 +247,7 @@ class Move:
             replacement.has_entered = True
             shared = tuple(itertools.chain.from_iterable(source.shared for source in sources))
             self._holdings.send(replacement.id, messages.Enter(cut=True, shared=shared))
-            self._holdings.admit(replacement.id)
+            self._holdings.admit(replacement.id, is_moving=True)
 
     # ---- placing
 
@@ -266,6 +257,7 @@ class Move:
         for entry in parked:
             target = self._destination(entry)
             if target is not None:
+                self.open.add(entry.cookie)
                 per_target.setdefault(target, []).append(entry)
             elif self.living_incumbents() or self.living_replacements():
                 self._holdings.lose(entry.cookie)
@@ -291,29 +283,13 @@ class Move:
 
     def _thaw(self, target: int, entries: list[Entry]) -> None:
         without_copy = [e for e in entries if target not in (e.moving.staged_in, e.moving.origin)]
-        for entry in without_copy:
-            entry.moving.staged_in = entry.moving.staged_in or target
-        self._holdings.workers[target].staged += len(without_copy)
-        self._send_stage(target, without_copy)
+        self._holdings.stage(target, without_copy)
         is_forward = target in self.replacements
-        records = []
         for entry in entries:
             if is_forward and entry.cookie not in self._left:
                 self._left[entry.cookie] = entry.owner
                 self._between[entry.owner] += 1
-            self._ledger.thaw(entry.cookie, target)
-            records.append(self._record_for(entry, target))
-        for cut in messages.record_chunks(records, messages.MAX_ROWS):
-            self._holdings.send(
-                target,
-                messages.Thaw(
-                    cookie=tuple([entry.cookie for entry in entries[cut]]),
-                    epoch=tuple([entry.epoch for entry in entries[cut]]),
-                    **messages.record_columns(records[cut]),
-                ),
-            )
-        if not all(record.flags & messages.RecordFlag.CUT for record in records):
-            self._holdings.send(target, messages.Enter(cut=False))
+        self._holdings.thaw(target, [(entry, self._record_for(entry, target)) for entry in entries])
 
     def _record_for(self, entry: Entry, target: int) -> messages.Record:
         record = entry.moving.record
@@ -381,7 +357,7 @@ class Move:
                 if entry.standing in (Standing.SERVED, Standing.THAWING) and entry.moving.kept_because is None
             ]
             self.open.update(cookies)
-            for chunk in _chunks(cookies, messages.MAX_ROWS):
+            for chunk in chunks(cookies, messages.MAX_ROWS):
                 self._freeze(replacement, chunk, is_cut=False)
 
     @property
@@ -390,10 +366,11 @@ class Move:
         present = [self._holdings.workers[worker] for worker in self.replacements if worker in self._holdings.workers]
         return not self.open and all(worker.is_off and self._holdings.is_alive(worker.id) for worker in present)
 
-    def stalled_incumbents(self) -> list[Worker]:
-        """Return those that owe an answer for a connection."""
+    def stalled(self) -> list[Worker]:
+        """Return those that owe an answer, the replacement's before the incumbent's."""
         owing = {self._ledger.entries[cookie].owner for cookie in self.open if cookie in self._ledger.entries}
-        return [worker for worker in self.living_incumbents() if worker.id in owing]
+        replacements = [w for w in self.living_replacements() if w.id in owing or not w.is_off]
+        return replacements or [worker for worker in self.living_incumbents() if worker.id in owing]
 
     def turn_forward(self) -> None:
         """Rolling back, the incumbent died: who lives serves."""
@@ -403,19 +380,4 @@ class Move:
         for replacement in self.living_replacements():
             replacement.has_entered = True
             self._holdings.send(replacement.id, messages.Enter(cut=True))
-            self._holdings.admit(replacement.id)
-
-    def lose_open(self) -> None:
-        """Nobody of either generation lives."""
-        for cookie in sorted(self.open & self._ledger.entries.keys()):
-            self._holdings.lose(cookie)
-            self.note_lost([cookie])
-
-    def unstage_all(self) -> None:
-        """Nothing has moved, and nothing will."""
-        for entry in self._ledger.entries.values():
-            entry.passage = None
-
-
-def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    return (items[at : at + size] for at in range(0, len(items), size))
+            self._holdings.admit(replacement.id, is_moving=True)

@@ -7,6 +7,7 @@ that open. pidfd_open(2)
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import resource
@@ -27,13 +28,22 @@ EXPENDABLE = 500  # what a process that is not needed yet has above ours
 _HIGHEST_OOM_SCORE = 1000
 
 
-class Child:
-    """A process that we started; ``fileno`` is its pidfd, readable once it is dead."""
+SUCCEEDED = "exited with 0"
 
-    def __init__(self, popen: subprocess.Popen[bytes]) -> None:
-        self._popen = popen
-        self.pid = popen.pid
-        self._pidfd = os.pidfd_open(popen.pid)
+_children: set[int] = set()  # started here and not reaped yet
+
+
+class Child:
+    """
+    A child of this process, known by its pid and the pidfd that this owns; ``fileno`` is readable once it is dead.
+
+    Who started it does not matter: children stay those of a process over its execve.
+    """
+
+    def __init__(self, pid: int, pidfd: int) -> None:
+        self.pid = pid
+        self._pidfd = pidfd
+        _children.add(pid)
 
     def fileno(self) -> int:
         return self._pidfd
@@ -57,16 +67,24 @@ class Child:
         theirs = min(ours + above_ours, _HIGHEST_OOM_SCORE)
         Path(f"/proc/{self.pid}/oom_score_adj").write_text(f"{theirs}\n", encoding="ascii")
 
+    def kill_group(self) -> None:
+        """SIGKILL it and what it started; it is not reaped, so the number is still its own."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
     def reap(self) -> str:
         """Take its exit status, waiting for it if need be, and say in words how it ended."""
-        status = self._popen.wait()
+        ended = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
         os.close(self._pidfd)
-        if status >= 0:
-            return f"exited with {status}"
+        _children.discard(self.pid)
+        if ended is None:
+            raise AssertionError("waitid returns without a result under WNOHANG only")
+        if ended.si_code == os.CLD_EXITED:
+            return f"exited with {ended.si_status}"
         try:
-            return f"was killed by {signal.Signals(-status).name}"
+            return f"was killed by {signal.Signals(ended.si_status).name}"
         except ValueError:
-            return f"was killed by signal {-status}"
+            return f"was killed by signal {ended.si_status}"
 
 
 def spawn(
@@ -76,12 +94,13 @@ def spawn(
     env: Mapping[str, str],
     inherit: Sequence[int],
     stderr: int,
+    stdout: int | None = None,
     user: User | None = None,
 ) -> Child:
     """
     Start *argv* as a child in a process group of its own, with the descriptors *inherit* open under their numbers.
 
-    With *user* it has the rights of that user and its groups, and those of no other.
+    Without *stdout* it has ours. With *user* it has the rights of that user and its groups, and those of no other.
 
     All other descriptors of ours are close-on-exec, so that the child need not walk over thousands of them.
 
@@ -93,20 +112,21 @@ def spawn(
     for descriptor in inherit:
         os.set_inheritable(descriptor, True)
     try:
-        return Child(
-            subprocess.Popen(
-                argv,
-                cwd=cwd,
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stderr=stderr,
-                close_fds=False,
-                process_group=0,  # a terminal's Ctrl-C reaches the holder alone
-                user=None if user is None else user.uid,
-                group=None if user is None else user.gid,
-                extra_groups=None if user is None else user.groups,
-            )
+        popen = subprocess.Popen(
+            argv,
+            cwd=cwd,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            close_fds=False,
+            process_group=0,  # a terminal's Ctrl-C reaches the holder alone
+            user=None if user is None else user.uid,
+            group=None if user is None else user.gid,
+            extra_groups=None if user is None else user.groups,
         )
+        popen.returncode = 0  # so that Popen reaps nothing: a Child does, by the pidfd
+        return Child(popen.pid, os.pidfd_open(popen.pid))
     except FileNotFoundError as missing:
         if not os.path.isdir(cwd):  # noqa: PTH112  # a borrowed string
             raise PythonNotFound(f"the release's directory {cwd} is gone; put it back, or reload another") from missing
@@ -124,14 +144,14 @@ def spawn(
             os.set_inheritable(descriptor, False)
 
 
-def reap_orphans(ours: set[int]) -> None:
-    """Reap adopted children (we may be PID 1); *ours* are left to whoever watches their pidfds."""
+def reap_orphans() -> None:
+    """Reap adopted children (we may be PID 1); those that were started here are left to who watches their pidfds."""
     while True:
         try:
             dead = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
             return
-        if dead is None or dead.si_pid in ours:
+        if dead is None or dead.si_pid in _children:
             return
         os.waitid(os.P_PID, dead.si_pid, os.WEXITED | os.WNOHANG)
 

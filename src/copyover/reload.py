@@ -10,11 +10,16 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from copyover import messages
+import attrs
+
+from copyover import messages, reunion
 from copyover.change import Change, Phase
 from copyover.errors import IllegalEvent, StartupFailed
 from copyover.events import (
     AskAgain,
+    CancelAsked,
+    Checked,
+    CheckHealth,
     Died,
     Effect,
     Event,
@@ -23,15 +28,19 @@ from copyover.events import (
     Outcome,
     Reload,
     Result,
+    Reunited,
     StopAsked,
     TimerFired,
 )
 from copyover.holdings import Holdings, Strength
+from copyover.ledger import Standing
 from copyover.move import Move
+from copyover.parking import Parking
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from copyover.holdings import Worker
     from copyover.ledger import Ledger
 
 
@@ -47,6 +56,7 @@ class Machine:
 
     def __init__(self, capacity: int = 1 << 30) -> None:
         self.holdings = Holdings(capacity)
+        self.parking = Parking(self.holdings)
         self.phase = Phase.SERVING
         self.change: Change | None = None
         self._is_remembered = False
@@ -95,6 +105,57 @@ class Machine:
         self.phase = phase
         self.holdings.note("phase", phase=phase.value, change=change.asked.generation, previous_ms=spent_ms)
 
+    # ---- after another holder
+
+    def _reunite(self, event: Reunited) -> None:
+        """Take over what the workers of a dead holder have; a change that it was at is rolled back."""
+        holdings, asked = self.holdings, event.asked
+        if holdings.workers:
+            raise IllegalEvent("there are workers already; who comes late has nothing to say")
+        reunion.take(holdings, event.reports)
+        finding = reunion.find(event.reports)
+        # Timers of the dead holder's freezes still run in the workers: batches are numbered beyond all of its.
+        holdings.number_on(max(holdings.workers) + 1, batch=int(self._now_s * 1000) + 1)
+        holdings.generation, holdings.wanted = finding.serving, asked.workers
+        holdings.note("reunited", generation=finding.serving, workers=len(event.reports), connections=len(self.ledger))
+        if finding.unfinished:
+            self._roll_back_unfinished(attrs.evolve(asked, generation=finding.unfinished), finding)
+        else:
+            self._settle_reunion(asked)
+
+    def _settle_reunion(self, asked: Reload) -> None:
+        holdings = self.holdings
+        self.parking.given.update(reunion.let_enter(holdings, holdings.workers))
+        for worker in list(holdings.workers.values()):
+            if worker.generation == holdings.generation and worker.strength is Strength.READY:
+                holdings.send(worker.id, messages.MoveOver())
+                holdings.admit(worker.id)
+            else:
+                holdings.retire(worker, asked.drain_s)
+        self._note_kept()
+        self.ledger.settle()
+        self.parking.place()
+        holdings.restore_strength()
+
+    def _note_kept(self) -> None:
+        for entry in self.ledger.entries.values():
+            if self.holdings.is_retiring(entry.cookie):
+                self.holdings.kept.setdefault(entry.cookie, "it stayed in its generation before this holder came")
+
+    def _roll_back_unfinished(self, asked: Reload, finding: reunion.Finding) -> None:
+        workers = self.holdings.workers.values()
+        incumbents, replacements = (
+            [worker.id for worker in workers if worker.generation == generation and worker.strength is Strength.READY]
+            for generation in (finding.serving, finding.unfinished)
+        )
+        move = Move(self.holdings, asked, incumbents, replacements)
+        self.change = Change(asked, finding.serving, self._now_s, move)
+        move.resume()
+        move.open.update(reunion.let_enter(self.holdings, incumbents))
+        self.phase = Phase.MOVING
+        self._note_kept()
+        self._roll_back("the holder died in the middle of the change")
+
     # ---- booting
 
     def _reload(self, event: Reload) -> None:
@@ -122,18 +183,23 @@ class Machine:
             self._ready_again(event)  # a restart: the incumbent is to serve, however long the replacement boots
             return
         self._mark_ready(event)
+        self._check_booted()
+
+    def _check_booted(self) -> None:
         replacements = self._move.living_replacements()
-        if all(worker.strength is Strength.READY for worker in replacements):
-            refusal = self._unreadable_schema()
-            if refusal is None:
-                self._begin_staging()
-            else:
-                self._refuse(refusal)
+        if self.parking.given or not all(worker.strength is Strength.READY for worker in replacements):
+            return
+        refusal = self._unreadable_schema()
+        if refusal is None:
+            self._begin_staging()
+        else:
+            self._refuse(refusal)
 
     def _ready_again(self, event: FromWorker) -> None:
         self._mark_ready(event)
         self.holdings.admit(event.worker)
         self.holdings.note("restarted", worker=event.worker, generation=self.holdings.generation)
+        self.parking.place()
 
     def _mark_ready(self, event: FromWorker) -> None:
         worker = self.holdings.workers[event.worker]
@@ -143,15 +209,23 @@ class Machine:
         worker.strength, worker.abilities = Strength.READY, abilities
 
     def _unreadable_schema(self) -> str | None:
-        """What the incumbent wrote must be readable to the replacement, or the reload is refused."""
-        written = {worker.abilities.writes for worker in self._move.living_incumbents() if worker.abilities}
-        for replacement in self._move.living_replacements():
-            readable = replacement.abilities.reads if replacement.abilities else []
-            for schema in sorted(written.difference(readable)):
+        """What one side writes must be readable to the other, or the reload is refused: it may be rolled back."""
+        incumbents = [worker.abilities for worker in self._move.living_incumbents() if worker.abilities]
+        replacements = [worker.abilities for worker in self._move.living_replacements() if worker.abilities]
+        asked = self._under_way.asked
+        for new in replacements:
+            for schema in sorted({old.writes for old in incumbents}.difference(new.reads)):
                 return (
-                    f"generation {replacement.generation} reads states of schema {', '.join(map(str, readable))}, the "
+                    f"generation {asked.generation} reads states of schema {', '.join(map(str, new.reads))}, the "
                     f"live connections have schema {schema}; give its Application reads={{{schema}, …}} and a decode "
                     f"that takes it"
+                )
+            unreadable = [old for old in incumbents if new.writes not in old.reads]
+            if unreadable and not asked.is_one_way:
+                return (
+                    f"generation {asked.generation} writes states of schema {new.writes}, the incumbent reads "
+                    f"{', '.join(map(str, unreadable[0].reads))}: a roll-back could not bring them back; deploy a "
+                    f"release that reads both first, or say --one-way"
                 )
         return None
 
@@ -214,8 +288,54 @@ class Machine:
         if move.given_back and move.kept and not move.moved and move.living_incumbents():
             reason = next(iter(move.kept.values()))
             self._roll_back(f"the replacement could read none of the {move.given_back} states: {reason}")
+        elif self._under_way.asked.bake_s > 0:
+            self._bake()
         else:
             self._commit()
+
+    # ---- baking
+
+    def _bake(self) -> None:
+        """The replacement serves, the incumbent waits, idle and whole, ready to take everything back."""
+        asked = self._under_way.asked
+        self._enter(Phase.BAKING)
+        self.holdings.set_timer("change", asked.bake_s)
+        if asked.needs_health:
+            self.holdings.effects.append(CheckHealth(is_on=True))
+        self._check_incumbent()
+
+    def _checked(self, event: Checked) -> None:
+        self._under_way.is_proven |= event.problem is None
+        if event.problem is not None:
+            self._roll_back(f"the health command {event.problem}")
+
+    def _baked(self, _: Event) -> None:
+        change = self._under_way
+        if change.asked.needs_health and not change.is_proven:
+            self._roll_back(f"the health command has not succeeded once within {change.asked.bake_s:g} s")
+        else:
+            self._commit()
+
+    def _check_incumbent(self) -> None:
+        """With the incumbent dead there is nothing to go back to."""
+        if not self._move.living_incumbents() and not self._move.open:
+            self._commit()
+
+    def _died_baking(self, event: Died) -> None:
+        is_replacement = event.worker in self._move.replacements
+        self._died_in_move(event)
+        if self.phase is Phase.BAKING and not is_replacement:
+            self._check_incumbent()
+
+    def _settled_in_bake(self, event: FromWorker) -> None:
+        """What a killed incumbent had kept goes forward."""
+        if isinstance(event.message, messages.Adopted):
+            self._move.adopted(event)
+        else:
+            self._move.refused(event)
+        self._check_incumbent()
+
+    # ---- committed
 
     def _commit(self) -> None:
         change, holdings = self._under_way, self.holdings
@@ -237,7 +357,7 @@ class Machine:
         """Nothing has moved: the replacement goes, the incumbent never noticed."""
         change = self._under_way
         change.reason, change.status = reason, status
-        change.move.unstage_all()
+        self.holdings.ledger.forget_passages()
         for replacement in change.move.replacements:
             self.holdings.kill(replacement)
         self._enter(Phase.SERVING)
@@ -254,6 +374,12 @@ class Machine:
         """No change hangs on it; if it is going, its death will tell."""
         reason = messages.expect(event.message, messages.Failed).reason
         self.holdings.note("failed", worker=event.worker, reason=reason)
+
+    def _cancel_before_move(self, event: CancelAsked) -> None:
+        self._refuse(event.reason)
+
+    def _cancel(self, event: CancelAsked) -> None:
+        self._roll_back(event.reason)
 
     def _too_late_to_start(self, _: Event) -> None:
         asked = self._under_way.asked
@@ -311,16 +437,14 @@ class Machine:
             move.turn_forward()
             self._check_complete()
             return
-        if any(worker in self.holdings.workers for worker in move.replacements):
+        if any(worker in self.holdings.workers for worker in move.incumbents + move.replacements):
             return  # killed, not yet read to the end
-        move.lose_open()
-        self._enter(Phase.SERVING)
+        self._enter(Phase.SERVING)  # what is parked waits for a fresh worker
         self._finish(Outcome.ROLLED_BACK)
 
     def _roll_back_too_slow(self, _: Event) -> None:
         """Who is past the deadline is killed, and only then what it has is decided: the replacement first."""
-        stalled = self._move.living_replacements() or self._move.stalled_incumbents()
-        for worker in stalled:
+        for worker in self._move.stalled():
             self.holdings.note("stalled", worker=worker.id, generation=worker.generation)
             self.holdings.kill(worker.id)
         self.holdings.set_timer("change", ROLL_BACK_S)
@@ -338,6 +462,8 @@ class Machine:
         holdings.counters["reloads_" + outcome.value.replace("-", "_")] += 1
         holdings.counters["moved"] += result.moved
         holdings.set_timer("change", None)
+        if change.asked.needs_health:
+            holdings.effects.append(CheckHealth(is_on=False))
         holdings.effects.append(Finished(change.asked.asker, result))
         holdings.note(
             "reload",
@@ -355,6 +481,7 @@ class Machine:
         for worker in holdings.serving():
             holdings.admit(worker.id)
         holdings.restore_strength()
+        self.parking.place()
         if self._is_remembered:
             self._is_remembered = False
             holdings.effects.append(AskAgain())
@@ -379,15 +506,21 @@ class Machine:
         self.holdings.forward(event)
 
     def _release(self, event: FromWorker) -> None:
-        self.holdings.release(event, lambda _: None)
+        self.holdings.release(event, lambda cookie: self.parking.settled([cookie]))
         if self.holdings.regain_room():
             for worker in self.holdings.serving():
                 self.holdings.admit(worker.id)
 
     def _release_in_change(self, event: FromWorker) -> None:
-        self.holdings.release(event, self._move.note_ended)
-        self.holdings.regain_room()  # who serves after the change is admitted at its end
+        self.holdings.release(event, self._ended_in_change)
+        if self.holdings.regain_room() and self.phase is Phase.BAKING:  # else who serves is admitted at the end
+            for worker in self._move.living_replacements():
+                self.holdings.admit(worker.id, is_moving=True)
         self._check()
+
+    def _ended_in_change(self, cookie: int) -> None:
+        self._move.note_ended(cookie)
+        self.parking.settled([cookie])
 
     def _frozen_late(self, event: FromWorker) -> None:
         """All that the freeze named had ended or refused before: the move did not wait for this."""
@@ -401,18 +534,32 @@ class Machine:
     # ---- deaths
 
     def _died_in_peace(self, event: Died) -> None:
-        worker, _, _ = self.holdings.bury(event)
+        worker = self._bury_and_park(event)
         if worker.strength is not Strength.RETIRING:
             self.holdings.restore_strength()
 
+    def _bury_and_park(self, event: Died) -> Worker:
+        """Its connections go to another worker of the serving generation, or wait for a fresh one."""
+        worker, parked, lost = self.holdings.bury(event)
+        if self.change is not None:
+            self._move.note_lost(lost)
+        self.parking.settled([*lost, *(entry.cookie for entry in parked)])
+        self.parking.place()
+        return worker
+
     def _died_in_boot(self, event: Died) -> None:
         """An incumbent is restored at once: a release may take long to boot."""
-        self._died_before_move(event)
+        was_dying = not self.holdings.is_alive(event.worker)
+        self._bury_and_park(event)
         self.holdings.restore_strength()
+        if event.worker in self._move.replacements and not was_dying:
+            self._refuse(event.how, StartupFailed.exit_code)
+        else:
+            self._check()
 
     def _died_before_move(self, event: Died) -> None:
         was_dying = not self.holdings.is_alive(event.worker)
-        _, _, lost = self.holdings.bury(event)
+        _, _, lost = self.holdings.bury(event)  # what is parked waits for the move
         self._move.note_lost(lost)
         if event.worker in self._move.replacements and not was_dying:
             self._refuse(event.how, StartupFailed.exit_code)
@@ -420,24 +567,37 @@ class Machine:
             self._check()
 
     def _died_in_move(self, event: Died) -> None:
-        _, unserved, lost = self.holdings.bury(event)
+        _, parked, lost = self.holdings.bury(event)
         self._move.note_lost(lost)
         if event.worker in self._move.replacements:
-            self._roll_back(f"{event.how}, in the middle of the move")
+            self._roll_back(f"{event.how}, while {self.phase.value}")
         else:
-            self._move.place(unserved)
-            self._check_complete()
+            self._move.place(parked)
+            self._check()
 
     def _died_in_roll_back(self, event: Died) -> None:
-        _, unserved, lost = self.holdings.bury(event)
+        _, parked, lost = self.holdings.bury(event)
         self._move.note_lost(lost)
         if self._move.living_incumbents():
-            self._move.place(unserved)
+            self._move.place(parked)
         self._check_back()
 
     def _died_while_stopping(self, event: Died) -> None:
-        self.holdings.bury(event)
+        """Nobody takes over any more what it had."""
+        _, parked, _ = self.holdings.bury(event)
+        for entry in parked:
+            self.holdings.lose(entry.cookie)
         self._check_stopped()
+
+    # ---- what a killed worker left, while no move is under way
+
+    def _adopted_in_peace(self, event: FromWorker) -> None:
+        self.parking.adopted(event)
+        self._check()
+
+    def _refused_in_peace(self, event: FromWorker) -> None:
+        self.parking.refused(event)
+        self._check()
 
     # ---- the end
 
@@ -449,12 +609,19 @@ class Machine:
                 self.holdings.kill(worker.id)
             else:
                 self.holdings.send(worker.id, messages.Stop(drain_ms=int(event.drain_s * 1000)))
+        for entry in [e for e in self.ledger.entries.values() if e.standing is Standing.PARKED]:
+            self.holdings.lose(entry.cookie)  # no worker will come to take it
         self.holdings.set_timer("stop", event.drain_s + 5)
         self._check_stopped()
 
     def _stop_instead(self, event: StopAsked) -> None:
         self._stop_wanted = event
         self._refuse("the holder was told to stop")
+
+    def _stop_now(self, event: StopAsked) -> None:
+        """All is with the replacement: it commits, and stops."""
+        self._stop_wanted = event
+        self._commit()
 
     def _stop_later(self, event: StopAsked) -> None:
         """After the change, which its deadline bounds; asked a second time, at once."""
@@ -489,7 +656,7 @@ class Machine:
 
     # ---- the table
 
-    _CHANGING: ClassVar = (Phase.BOOTING, Phase.STAGING, Phase.MOVING, Phase.ROLLING_BACK)
+    _CHANGING: ClassVar = (Phase.BOOTING, Phase.STAGING, Phase.MOVING, Phase.BAKING, Phase.ROLLING_BACK)
     _LIVING: ClassVar = (Phase.SERVING, *_CHANGING, Phase.STOPPING)
     _COUNTS_AFTER_DEATH: ClassVar = frozenset(
         {messages.Lend, messages.Release, messages.Frozen, messages.Refused, messages.Adopted, messages.Forward}
@@ -506,21 +673,29 @@ class Machine:
         **dict.fromkeys(itertools.product(_LIVING, [messages.Frozen]), _frozen_late),
         **dict.fromkeys(itertools.product(_CHANGING, [messages.Release]), _release_in_change),
         **dict.fromkeys(itertools.product(_CHANGING, [Reload]), _busy),
+        **dict.fromkeys(itertools.product(Phase, [CancelAsked, Checked]), _void),  # of a change that has ended
         # -------------------------------- serving
         (Phase.SERVING, Reload): _reload,
+        (Phase.SERVING, Reunited): _reunite,
         (Phase.SERVING, StopAsked): _stop,
         (Phase.SERVING, messages.Ready): _ready_again,
         (Phase.SERVING, messages.Failed): _failed_alone,
+        (Phase.SERVING, messages.Adopted): _adopted_in_peace,
+        (Phase.SERVING, messages.Refused): _refused_in_peace,
         (Phase.SERVING, Died): _died_in_peace,
         # -------------------------------- booting
         (Phase.BOOTING, StopAsked): _stop_instead,
         (Phase.BOOTING, messages.Ready): _ready_in_boot,
         (Phase.BOOTING, messages.Failed): _failed_before_move,
+        (Phase.BOOTING, messages.Adopted): _adopted_in_peace,
+        (Phase.BOOTING, messages.Refused): _refused_in_peace,
+        (Phase.BOOTING, CancelAsked): _cancel_before_move,
         (Phase.BOOTING, Died): _died_in_boot,
         # -------------------------------- staging
         (Phase.STAGING, StopAsked): _stop_instead,
         (Phase.STAGING, messages.Lend): _lend_and_stage,
         (Phase.STAGING, messages.Failed): _failed_before_move,
+        (Phase.STAGING, CancelAsked): _cancel_before_move,
         (Phase.STAGING, Died): _died_before_move,
         # -------------------------------- moving
         (Phase.MOVING, StopAsked): _stop_later,
@@ -531,7 +706,16 @@ class Machine:
         (Phase.MOVING, messages.Refused): _refused,
         (Phase.MOVING, messages.Adopted): _adopted,
         (Phase.MOVING, messages.Failed): _failed_in_move,
+        (Phase.MOVING, CancelAsked): _cancel,
         (Phase.MOVING, Died): _died_in_move,
+        # -------------------------------- baking
+        (Phase.BAKING, StopAsked): _stop_now,
+        (Phase.BAKING, messages.Refused): _settled_in_bake,
+        (Phase.BAKING, messages.Adopted): _settled_in_bake,
+        (Phase.BAKING, messages.Failed): _failed_in_move,
+        (Phase.BAKING, CancelAsked): _cancel,
+        (Phase.BAKING, Checked): _checked,
+        (Phase.BAKING, Died): _died_baking,
         # -------------------------------- rolling back
         (Phase.ROLLING_BACK, StopAsked): _stop_later,
         (Phase.ROLLING_BACK, messages.AcceptOffAck): _accept_off_acked_in_roll_back,
@@ -543,6 +727,8 @@ class Machine:
         # -------------------------------- stopping
         (Phase.STOPPING, Reload): _busy,
         (Phase.STOPPING, StopAsked): _stop_at_once,
+        (Phase.STOPPING, messages.Adopted): _adopted_in_peace,
+        (Phase.STOPPING, messages.Refused): _refused_in_peace,
         (Phase.STOPPING, messages.Failed): _failed_alone,
         (Phase.STOPPING, Died): _died_while_stopping,
     }
@@ -550,10 +736,12 @@ class Machine:
         (Phase.BOOTING, "change"): _too_late_to_start,
         (Phase.STAGING, "change"): _too_late_to_start,
         (Phase.MOVING, "change"): _too_late_to_move,
+        (Phase.BAKING, "change"): _baked,
         (Phase.ROLLING_BACK, "change"): _roll_back_too_slow,
         (Phase.STOPPING, "stop"): _stop_at_once,
     }
     _CHECKS: ClassVar[dict[Phase, Callable[[Machine], None]]] = {
+        Phase.BOOTING: _check_booted,
         Phase.STAGING: _check_staged,
         Phase.MOVING: _check_complete,
         Phase.ROLLING_BACK: _check_back,

@@ -1,5 +1,5 @@
 """
-How a holder starts: configuration, directory, lock, listeners, then the loop.
+How a holder starts: configuration, directory, lock, listeners, or the state of its predecessor; then the loop.
 
 Run by ``copyover run`` as ``python -P -m copyover.holder JSON``; every failure is one sentence and an exit code.
 """
@@ -10,35 +10,47 @@ import gc
 import json
 import logging
 import sys
-from typing import TYPE_CHECKING
+import uuid
+from typing import TYPE_CHECKING, Any
 
 from copyover import config as configs
 from copyover import directory as directories
-from copyover import listeners, process
-from copyover.errors import ConfigError, CopyoverError
-from copyover.holder.daemon import Daemon
+from copyover import events, listeners, process, users
+from copyover.errors import ConfigError, CopyoverError, UsageError
+from copyover.holder import control, upgrade
+from copyover.holder.daemon import Daemon, capacity_for
 from copyover.holder.requests import Requests
+from copyover.reload import Machine
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from copyover.config import Config
 
 
-def main(text: str) -> int:
-    """Run a holder; *text* is a JSON object with ``file`` (copyover.toml or null) and ``flags``."""
-    told = json.loads(text)
+def main(arguments: Sequence[str]) -> int:
+    """
+    Run a holder; or, for an upgrade, look whether this release could go on from the state of a running one.
+
+    The argument is a JSON object with ``file`` (copyover.toml or null) and ``flags``; or ``--resume`` and ``--check``
+    with the number of a descriptor that has such a state.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    bound: list[listeners.Listener] = []
+    bound: Sequence[listeners.Listener] = []
     try:
-        config = configs.load(told["file"], told["flags"])
-        directory = directories.of(config.name)
-        directories.prepare(directory, is_shared=config.user is not None or config.control_group is not None)
-        directories.take_lock(directory, config.name)
-        limit = process.raise_descriptor_limit()
-        bound.extend(_listen(config))
-        daemon = Daemon(lambda: configs.load(told["file"], told["flags"]), config, directory, bound, limit)
+        match arguments:
+            case ["--check", memfd]:
+                return upgrade.check(int(memfd))
+            case ["--resume", memfd]:
+                daemon, begin = upgrade.resume(int(memfd))
+            case [told]:
+                daemon, begin = _boot(json.loads(told))
+            case _:
+                raise UsageError("copyover.holder is started by: copyover run")
+        bound = daemon.listeners
         gc.collect()
         gc.freeze()
-        code = daemon.run(Requests(daemon).answer)
+        code = daemon.run(Requests(daemon).answer, begin)
     except CopyoverError as problem:
         print(f"copyover: {problem}", file=sys.stderr)  # noqa: T201
         return problem.exit_code
@@ -47,6 +59,36 @@ def main(text: str) -> int:
     if daemon.failure is not None:
         print(f"copyover: {daemon.failure}", file=sys.stderr)  # noqa: T201
     return code
+
+
+def _boot(told: dict[str, Any]) -> tuple[Daemon, Callable[[], None]]:
+    """Make a holder that has nothing yet; its first generation is to be started when it runs."""
+    config = configs.load(told["file"], told["flags"])
+    directory = directories.of(config.name)
+    user = users.find(config.user, config.group)
+    group = None if config.control_group is None else users.group_id(config.control_group, key="control_group")
+    directories.prepare(directory, is_shared=user is not None or group is not None)
+    lock = directories.take_lock(directory, config.name)
+    machine = Machine(capacity_for(process.raise_descriptor_limit()))
+    bound = _listen(config)
+    try:
+        sock = control.listen(directory, group)
+    except CopyoverError:
+        listeners.close_all(bound)
+        raise
+    instance = uuid.uuid4().hex
+    daemon = Daemon(
+        told,
+        config,
+        machine,
+        lock=lock,
+        control_socket=sock,
+        control_group=group,
+        listeners=bound,
+        instance=instance,
+        user=user,
+    )
+    return daemon, lambda: daemon.ask_reload(events.BY_BOOT)
 
 
 def _listen(config: Config) -> list[listeners.Listener]:
@@ -68,4 +110,4 @@ def _listen(config: Config) -> list[listeners.Listener]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1:]))

@@ -14,7 +14,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
 log = logging.getLogger("copyover.holder")
 
@@ -28,6 +28,11 @@ class Chronicle:
         self.kept: collections.deque[dict[str, Any]] = collections.deque(maxlen=MOST_KEPT)
         self.on_event: Callable[[dict[str, Any]], None] = _nobody
         self._numbers = itertools.count(1)
+
+    def inherit(self, noted: Sequence[dict[str, Any]]) -> None:
+        """Go on where a predecessor stopped."""
+        self.kept.extend(noted)
+        self._numbers = itertools.count(noted[-1]["number"] + 1 if noted else 1)
 
     def note(self, event: str, fields: Mapping[str, Any], level: int = logging.INFO) -> None:
         """Write down one transition; what there is nothing to say of is left out."""

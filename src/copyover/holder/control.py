@@ -16,6 +16,7 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from copyover import succession
 from copyover.errors import CopyoverError, PermissionRefused
 
 if TYPE_CHECKING:
@@ -45,6 +46,23 @@ class Caller:
         self._output = bytearray()
         self.number = number
         self.is_done = False
+
+    @classmethod
+    def inherit(cls, left: succession.Caller) -> Caller:
+        """Take the caller of a predecessor over."""
+        caller = cls(socket.socket(fileno=left.descriptor), left.number)
+        caller._input, caller._output, caller.is_done = left.heard, bytearray(left.unsent), left.is_done
+        return caller
+
+    def left(self) -> succession.Caller:
+        """Return what the successor needs to know."""
+        return succession.Caller(
+            number=self.number,
+            descriptor=self.fileno(),
+            heard=self._input,
+            unsent=bytes(self._output),
+            is_done=self.is_done,
+        )
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -126,6 +144,7 @@ class Desk:
     def __init__(
         self,
         directory: Directory,
+        sock: socket.socket,
         watch: Callable[[Any, Callable[[], None], int], None],
         unwatch: Callable[[Any], None],
         group: int | None = None,
@@ -135,7 +154,7 @@ class Desk:
         self._unwatch = unwatch
         self._answer: Callable[[int, dict[str, Any]], None] = _nobody
         self._group = group
-        self._socket = _listen(directory, group)
+        self._socket = sock
         self._callers: dict[int, Caller] = {}
         self._numbers = itertools.count(1)
         self.denied = 0
@@ -164,6 +183,23 @@ class Desk:
             self.denied += 1
             members = "" if self._group is None else ", and members of its control_group,"
             self.reply(number, {"denied": f"only the holder's own user and root{members} may command it"}, is_last=True)
+
+    def left(self) -> succession.Desk:
+        """Return what the successor needs to know; a caller's number is used up by it."""
+        return succession.Desk(
+            control=self.fileno(),
+            next_caller=next(self._numbers),
+            denied=self.denied,
+            group=self._group,
+            callers=[caller.left() for caller in self._callers.values()],
+        )
+
+    def inherit(self, left: succession.Desk) -> None:
+        """Take the callers of a predecessor over."""
+        self._numbers, self.denied = itertools.count(left.next_caller), left.denied
+        for one in left.callers:
+            caller = self._callers[one.number] = Caller.inherit(one)
+            self._flush(caller)
 
     def is_present(self, number: int) -> bool:
         return number in self._callers
@@ -218,8 +254,16 @@ class Desk:
             caller.close()
 
 
-def _listen(directory: Directory, group: int | None) -> socket.socket:
-    """Bind under a temporary name and rename: a dead holder's socket is replaced (the lock says that it is dead)."""
+def listen(directory: Directory, group: int | None = None) -> socket.socket:
+    """
+    Return the control socket of *directory*, 0600; with *group* 0660 and of that.
+
+    Bound under a temporary name and renamed: a dead holder's socket is replaced (the lock says that it is dead).
+
+    Raises:
+        PermissionRefused: something else is in its place, or this user cannot give it to the group.
+
+    """
     temporary = f"{directory.control}.{os.getpid()}"
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     before = os.umask(0o177)

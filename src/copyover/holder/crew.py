@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from copyover import events, messages, process
+from copyover import events, messages, process, succession
 from copyover.channel import RETRY_S, Backlog
 from copyover.errors import ChangeRefused, ChannelClosed, CopyoverError, WireError
 from copyover.holder.hand import Hand, check_lend
@@ -43,6 +43,13 @@ class Generation:
     release: Release
     config: Config
     last_words: list[str] = attrs.field(factory=list)
+
+    def left(self) -> succession.Generation:
+        return succession.Generation(release=self.release, config=self.config, last_words=list(self.last_words))
+
+    @classmethod
+    def inherit(cls, left: succession.Generation) -> Generation:
+        return cls(left.release, left.config, list(left.last_words))
 
 
 class Crew:
@@ -83,20 +90,24 @@ class Crew:
 
     def _start(self, worker: int, generation: int) -> None:
         try:
-            hand = Hand(worker, generation, self.generations[generation].release, self._environment, self._user)
+            release = self.generations[generation].release
+            hand = Hand.start(worker, generation, release, self._environment, self._user)
         except (CopyoverError, OSError) as problem:
             self._note("not-started", {"worker": worker, "problem": str(problem)}, logging.ERROR)
             self._tell(events.Died(worker, str(problem)))
             return
-        self.hands[worker] = hand
         if generation != self._favoured:
             self._set_oom_score(hand, process.EXPENDABLE)
+        self._attend(hand)
+        self._note("started", {"worker": worker, "pid": hand.pid, "generation": generation}, logging.INFO)
+
+    def _attend(self, hand: Hand) -> None:
+        self.hands[hand.worker] = hand
         self._loop.watch(hand.child, lambda: self._bury(hand))
         self._loop.watch(hand.channel, lambda: self._receive(hand))
         if hand.tail is not None:
             self._loop.watch(hand.tail, lambda: self._read_tail(hand))
         hand.channel.on_backlog = lambda backlog: self._watch_channel(hand, backlog)
-        self._note("started", {"worker": worker, "pid": hand.pid, "generation": generation}, logging.INFO)
 
     def _watch_channel(self, hand: Hand, backlog: Backlog) -> None:
         mask = selectors.EVENT_READ | (selectors.EVENT_WRITE if backlog is Backlog.FULL else 0)
@@ -125,6 +136,26 @@ class Crew:
             if not self._is_oom_refused:
                 self._is_oom_refused = True
                 self._note("oom-score-not-set", {"worker": hand.worker, "problem": str(problem)}, logging.WARNING)
+
+    # ---- succession
+
+    def left(self) -> tuple[list[tuple[int, succession.Generation]], list[succession.Hand]]:
+        """Return what the successor needs to know of all generations and processes."""
+        generations = [(number, generation.left()) for number, generation in self.generations.items()]
+        return generations, [hand.left() for hand in self.hands.values()]
+
+    def inherit(self, estate: succession.Estate) -> None:
+        """Take the generations and processes of a predecessor over."""
+        self.protocol_errors = estate.protocol_errors
+        self._favoured = estate.held.generation
+        self.generations = {number: Generation.inherit(left) for number, left in estate.generations}
+        said = {worker.id: worker.abilities for worker in estate.held.workers}
+        for hand in estate.hands:
+            self._attend(Hand.inherit(hand, self.generations[hand.generation].release, said[hand.worker]))
+
+    def find_backlog(self) -> int | None:
+        """Return a worker that has not taken all that was sent to it, if there is one."""
+        return next((worker for worker, hand in self.hands.items() if hand.channel.has_backlog), None)
 
     # ---- talking
 
@@ -202,9 +233,6 @@ class Crew:
             hand.child.reap()
         self.hands.clear()
 
-    def reap_orphans(self) -> None:
-        process.reap_orphans({hand.pid for hand in self.hands.values()})
-
     def _bury(self, hand: Hand) -> None:
         """Reap, read its channel to the end, and only then say that it is dead."""
         self._loop.unwatch(hand.child)
@@ -225,7 +253,7 @@ class Crew:
         hand.close()
         self._tell(events.Died(hand.worker, words))
         self._settle()
-        self.reap_orphans()
+        process.reap_orphans()
 
     # ---- what they wrote
 

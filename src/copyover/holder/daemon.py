@@ -12,29 +12,34 @@ import logging
 import os
 import signal
 import time
-import uuid
 from typing import TYPE_CHECKING, Any, assert_never
 
 import attrs
 
 from copyover import config as configs
-from copyover import events, reload, users
+from copyover import directory as directories
+from copyover import events, process
 from copyover.change import Phase
 from copyover.errors import CopyoverError, IllegalEvent, UsageError
 from copyover.holder import control, dump, report
 from copyover.holder.chronicle import Chronicle
 from copyover.holder.crew import Crew, Generation
 from copyover.holder.hand import environment, notify
+from copyover.holder.health import Health
 from copyover.holder.loop import Loop
 from copyover.release import pin
 from copyover.sockets import reset_and_close
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable, Mapping, Sequence
 
     from copyover.config import Config
-    from copyover.directory import Directory
     from copyover.listeners import Listener
+    from copyover.reload import Machine
+    from copyover.users import User
+
+log = logging.getLogger("copyover.holder")
 
 PROGRESS_S = 0.05
 # Their default action is to end the process. signal(7)
@@ -42,41 +47,62 @@ ENDING_SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 RESERVED_DESCRIPTORS = 1024  # listeners, channels, callers, and lends under way when the holder is full
 
 
+def capacity_for(descriptor_limit: int) -> int:
+    """Return how many connections can be kept: each is a descriptor here, and for a moment another in a channel."""
+    capacity = descriptor_limit - min(RESERVED_DESCRIPTORS, descriptor_limit // 2)
+    log.info("event=limits descriptors=%d connections=%d", descriptor_limit, capacity)
+    return capacity
+
+
 class Daemon:
-    """One holder at work."""
+    """
+    One holder at work.
+
+    *told* is what it was started with: the ``file`` and the ``flags`` that make its configuration. *instance* is
+    drawn once by each holder; workers know it by that.
+    """
 
     def __init__(
         self,
-        settings: Callable[[], Config],
+        told: Mapping[str, Any],
         config: Config,
-        directory: Directory,
+        machine: Machine,
+        *,
+        lock: int,
+        control_socket: socket.socket,
+        control_group: int | None,
         listeners: Sequence[Listener],
-        descriptor_limit: int,
+        instance: str,
+        user: User | None,
     ) -> None:
-        self._settings = settings
+        self.told = told
         self.config = config
+        self.machine = machine
+        self.lock = lock
         self.listeners = listeners
-        self._directory = directory
-        # A connection is a descriptor here, and for a moment another one in each worker's channel.
-        capacity = descriptor_limit - min(RESERVED_DESCRIPTORS, descriptor_limit // 2)
+        self.instance = instance
+        self.user = user
         self.chronicle = Chronicle()
-        self.chronicle.note("limits", {"descriptors": descriptor_limit, "connections": capacity})
-        self.machine = reload.Machine(capacity)
-        self.loop = Loop(self._settle)
+        self.loop = Loop(self.settle)
         self._events: collections.deque[events.Event] = collections.deque()
+        self._environment = environment(instance)
         self.crew = Crew(
             self.loop,
             listeners,
-            environment(uuid.uuid4().hex),
-            users.find(config.user, config.group),
+            self._environment,
+            user,
             tell=self._events.append,
-            settle=self._settle,
+            settle=self.settle,
             note=self.chronicle.note,
         )
-        self._newest = 0
-        group = None if config.control_group is None else users.group_id(config.control_group, key="control_group")
-        self.desk = control.Desk(directory, self.loop.watch, self.loop.unwatch, group)
+        self._health = Health(self.loop, self._events.append)
+        self.newest = 0  # of the generations that were ever begun
+        self.previous: Generation | None = None  # what served before, for a roll-back by hand
+        self._directory = directories.of(config.name)
+        self.desk = control.Desk(self._directory, control_socket, self.loop.watch, self.loop.unwatch, control_group)
         self.waiting: set[int] = set()  # the callers that follow a change
+        self.followers: set[int] = set()  # those that follow the chronicle
+        self.cancelling: set[int] = set()  # those that want it undone
         self._last_progress_s = 0.0
         self.last_reload: dict[str, Any] | None = None
         self.started_s = time.monotonic()
@@ -86,11 +112,11 @@ class Daemon:
 
     # ---- the loop
 
-    def run(self, answer: Callable[[int, dict[str, Any]], None]) -> int:
-        """Serve until stopped, *answer* the operators' requests; return the exit code."""
+    def run(self, answer: Callable[[int, dict[str, Any]], None], begin: Callable[[], None]) -> int:
+        """Call *begin*, then serve until stopped, *answer* the operators' requests; return the exit code."""
         self.desk.open(answer)
         self.loop.catch_signals((*ENDING_SIGNALS, signal.SIGCHLD), self._signalled)
-        self.ask_reload(events.BY_BOOT)
+        begin()
         try:
             while self._exit_code is None:
                 self.loop.turn()
@@ -118,10 +144,11 @@ class Daemon:
         elif number == signal.SIGUSR1:
             self._dump()
         elif number == signal.SIGCHLD:
-            self.crew.reap_orphans()
+            process.reap_orphans()
 
     def _dump(self) -> None:
-        found = dump.content(self.machine, self.crew.hands, self.loop.timers_left_s())
+        timers = {name: deadline_s - time.monotonic() for name, deadline_s in self.loop.deadlines_s().items()}
+        found = dump.content(self.machine, self.crew.hands, timers)
         try:
             path = dump.write(
                 self._directory.path,
@@ -139,7 +166,7 @@ class Daemon:
 
     # ---- events and effects
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Handle what was queued, and what that queues."""
         while self._events:
             event = self._events.popleft()
@@ -162,7 +189,7 @@ class Daemon:
                 os.close(descriptor)
             self.crew.break_with(event.worker)
 
-    def _perform(self, effect: events.Effect) -> None:  # noqa: C901  # one case an effect
+    def _perform(self, effect: events.Effect) -> None:  # noqa: C901, PLR0912  # one case an effect
         match effect:
             case events.Send(worker, message, descriptors):
                 self.crew.send(worker, message, descriptors)
@@ -177,11 +204,13 @@ class Daemon:
             case events.SetTimer(name, None):
                 self.loop.cancel_timer(name)
             case events.SetTimer(name, float() | int() as after_s):
-                self.loop.set_timer(name, after_s, lambda: self._events.append(events.TimerFired(name)))
+                self.set_timer(name, after_s)
             case events.Note(name, fields):
                 self.chronicle.note(name, fields)
             case events.Finished(asker, result):
                 self._finished(asker, result)
+            case events.CheckHealth(is_on):
+                self._check_health(is_on=is_on)
             case events.AskAgain():
                 self.ask_reload(events.BY_SIGNAL)
             case events.SetTimer():
@@ -189,19 +218,30 @@ class Daemon:
             case _:
                 assert_never(effect)
 
+    def set_timer(self, name: str, after_s: float) -> None:
+        """Tell the machine after a while."""
+        self.loop.set_timer(name, after_s, lambda: self._events.append(events.TimerFired(name)))
+
     # ---- reloads
 
-    def ask_reload(self, asker: int, wishes: Mapping[str, Any] | None = None) -> None:
-        """Pin the release as it is now, and ask the machine."""
-        config, generation = self.config, self._newest + 1
+    def ask_reload(
+        self,
+        asker: int,
+        wishes: Mapping[str, Any] | None = None,
+        *,
+        is_one_way: bool = False,
+        pinned: Generation | None = None,
+    ) -> None:
+        """Pin the release as it is now, unless one is *pinned*, and ask the machine."""
+        config, generation = self.config, self.newest + 1
         if self.machine.phase is Phase.SERVING:  # else the machine says that it is busy
             try:
-                config = self._read_settings(wishes or {})
-                release = pin(config)
+                config = attrs.evolve(pinned.config if pinned else self._read_settings(), **(wishes or {}))
+                release = pinned.release if pinned else pin(config)
             except CopyoverError as problem:
                 self._refuse_reload(asker, problem)
                 return
-            self._newest = generation
+            self.newest = generation
             self.crew.generations[generation] = Generation(release, config)
         self._events.append(
             events.Reload(
@@ -214,17 +254,35 @@ class Daemon:
                 boundary_s=config.boundary_s,
                 drain_s=config.drain_timeout_s,
                 max_retiring=config.max_retiring,
+                bake_s=config.bake_s,
+                needs_health=config.health is not None,
+                is_one_way=is_one_way,
                 quotas=events.Quotas(config.worker_connections, config.worker_record_bytes),
                 is_remembered=asker == events.BY_SIGNAL,
             )
         )
 
-    def _read_settings(self, wishes: Mapping[str, Any]) -> Config:
-        config = self._settings()
+    def cancel(self, reason: str) -> None:
+        """Undo the change under way."""
+        self._events.append(events.CancelAsked(reason))
+
+    def _check_health(self, *, is_on: bool) -> None:
+        self._health.stop()
+        if is_on and self.machine.change is not None:
+            number = self.machine.change.asked.generation
+            generation = self.crew.generations[number]
+            told = {"COPYOVER_NAME": self.config.name, "COPYOVER_GENERATION": str(number)}
+            if generation.config.health is not None:
+                self._health.start(
+                    generation.config.health, cwd=generation.release.directory, environment=self._environment | told
+                )
+
+    def _read_settings(self) -> Config:
+        config = configs.load(self.told["file"], self.told["flags"])
         fixed = configs.unreloadable(self.config, config)
         if fixed:
             raise UsageError(f"{', '.join(fixed)} cannot be changed by a reload: stop the holder and run it anew")
-        return attrs.evolve(config, **wishes)
+        return config
 
     def _refuse_reload(self, asker: int, problem: CopyoverError) -> None:
         serving = self.machine.holdings.generation
@@ -242,8 +300,9 @@ class Daemon:
         if result.outcome is not events.Outcome.BUSY:
             self.last_reload = answer
         if result.outcome is events.Outcome.DONE:
+            self.previous = self.crew.generations.get(result.from_generation)
             self.config = self.crew.generations[result.to_generation].config
-            self.crew.forget_generations(self._newest)
+            self.crew.forget_generations(self.newest)
             self.crew.favour(result.to_generation)
         if asker == events.BY_BOOT:
             self._booted(result, answer)
@@ -255,6 +314,10 @@ class Daemon:
         else:
             self.waiting.discard(asker)
             self.desk.reply(asker, {"result": answer}, is_last=True)
+        if result.outcome is not events.Outcome.BUSY:
+            for caller in self.cancelling:
+                self.desk.reply(caller, {"result": answer | {"exit_code": report.cancel_code(result)}}, is_last=True)
+            self.cancelling.clear()
 
     def _booted(self, result: events.Result, answer: dict[str, Any]) -> None:
         if result.outcome is events.Outcome.DONE:

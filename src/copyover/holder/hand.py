@@ -18,7 +18,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import copyover
-from copyover import channel, messages, process, wire
+from copyover import channel, messages, process, succession, wire
 from copyover.errors import ChangeRefused, ChannelClosed, WireError
 from copyover.sockets import cookie_of_descriptor
 
@@ -36,11 +36,11 @@ _LONGEST_LINE = 2000
 
 
 class Tail:
-    """What a worker wrote to stderr before it was ready: passed on, and the last lines kept."""
+    """What a child writes to stderr, a worker until it is ready: passed on, and the last lines kept."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, partial: bytes = b"") -> None:
         self._descriptor = descriptor
-        self._partial = b""
+        self._partial = partial
         self.lines: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
 
     def fileno(self) -> int:
@@ -61,6 +61,9 @@ class Tail:
         self.lines.extend(line[:_LONGEST_LINE].decode(errors="replace") for line in lines)
         return bool(data)
 
+    def left(self) -> succession.Tail:
+        return succession.Tail(descriptor=self._descriptor, partial=self._partial)
+
     def drain(self) -> None:
         """Read what the pipe holds now; a forked child may keep it open."""
         poll = select.poll()
@@ -73,18 +76,43 @@ class Tail:
 
 
 class Hand:
-    """One worker process."""
+    """One worker process. *tail* is None once it is ready."""
 
     def __init__(
-        self, worker: int, generation: int, release: Release, environment: dict[str, str], user: User | None
+        self,
+        worker: int,
+        generation: int,
+        release: Release,
+        *,
+        child: process.Child,
+        sock: socket.socket,
+        tail: Tail | None,
+        started_s: float,
     ) -> None:
         self.worker = worker
         self.generation = generation
         self.release = release
-        self.started_s = time.monotonic()
+        self.child = child
+        self.channel = channel.Channel(sock)
+        self.tail = tail
+        self.lines = tail.lines if tail is not None else collections.deque[str](maxlen=TAIL_LINES)
+        self.started_s = started_s
         self.hello: messages.Hello | None = None
         self.ready: messages.Ready | None = None
         self.is_unreapable = False  # it was killed, and does not die
+
+    @classmethod
+    def start(
+        cls, worker: int, generation: int, release: Release, environment: dict[str, str], user: User | None
+    ) -> Hand:
+        """
+        Start the process, as *user* if one is given.
+
+        Raises:
+            PythonNotFound: the release's interpreter or directory is gone.
+            PermissionRefused: this user may not.
+
+        """
         ours, theirs = channel.pair()
         read_end, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         os.set_blocking(write_end, True)
@@ -95,7 +123,7 @@ class Hand:
             "COPYOVER_WORKER": str(worker),
         }
         try:
-            self.child = process.spawn(
+            child = process.spawn(
                 release.command,
                 cwd=release.directory,
                 env=environment | own | ({} if user is None else user.environment),
@@ -111,9 +139,44 @@ class Hand:
             theirs.close()
             os.close(real_stderr)
             os.close(write_end)
-        self.tail: Tail | None = Tail(read_end)
-        self.lines: collections.deque[str] = self.tail.lines
-        self.channel = channel.Channel(ours)
+        return cls(worker, generation, release, child=child, sock=ours, tail=Tail(read_end), started_s=time.monotonic())
+
+    # ---- succession
+
+    def left(self) -> succession.Hand:
+        """Return what the successor needs to know of it."""
+        return succession.Hand(
+            worker=self.worker,
+            generation=self.generation,
+            pid=self.pid,
+            pidfd=self.child.fileno(),
+            channel=self.channel.fileno(),
+            wire=self.channel.version,
+            started_s=self.started_s,
+            hello=self.hello,
+            tail=None if self.tail is None else self.tail.left(),
+            lines=list(self.lines),
+        )
+
+    @classmethod
+    def inherit(cls, left: succession.Hand, release: Release, ready: messages.Ready | None) -> Hand:
+        """Take the worker of a predecessor over; *ready* is what it said of itself."""
+        hand = cls(
+            left.worker,
+            left.generation,
+            release,
+            child=process.Child(left.pid, left.pidfd),
+            sock=socket.socket(fileno=left.channel),
+            tail=None if left.tail is None else Tail(left.tail.descriptor, left.tail.partial),
+            started_s=left.started_s,
+        )
+        hand.hello, hand.ready = left.hello, ready
+        hand.lines.extend(left.lines)
+        if hand.hello is not None:
+            hand.channel.version = left.wire
+        return hand
+
+    # ---- what it is told, and what is told of it
 
     @property
     def pid(self) -> int:

@@ -6,6 +6,7 @@ It knows nothing of workers, operators or phases.
 
 from __future__ import annotations
 
+import contextlib
 import selectors
 import signal
 import socket
@@ -26,6 +27,7 @@ class Loop:
         self._selector = selectors.DefaultSelector()
         self._timers: dict[str, tuple[float, Callable[[], None]]] = {}
         self._signal_ends: tuple[socket.socket, ...] = ()
+        self.deliver_signals: Callable[[], None] = lambda: None
 
     def turn(self) -> None:
         """Wait for what comes next, and call what belongs to it."""
@@ -72,10 +74,9 @@ class Loop:
     def deadline_s(self, name: str) -> float | None:
         return self._timers[name][0] if name in self._timers else None
 
-    def timers_left_s(self) -> dict[str, float]:
-        """Return the seconds that are left of each timer."""
-        now_s = time.monotonic()
-        return {name: deadline_s - now_s for name, (deadline_s, _) in self._timers.items()}
+    def deadlines_s(self) -> dict[str, float]:
+        """Return when each timer fires, by its name."""
+        return {name: deadline_s for name, (deadline_s, _) in self._timers.items()}
 
     def _until_next_timer(self) -> float | None:
         if not self._timers:
@@ -86,7 +87,7 @@ class Loop:
     # ---- signals
 
     def catch_signals(self, numbers: Iterable[int], called: Callable[[int], None]) -> None:
-        """Let signals wake the selector as bytes. signal(7)"""
+        """Let signals wake the selector as bytes; ``deliver_signals`` calls for those that have come. signal(7)"""
         ours, theirs = self._signal_ends = socket.socketpair()
         ours.setblocking(False)
         theirs.setblocking(False)
@@ -94,11 +95,13 @@ class Loop:
         for number in numbers:
             signal.signal(number, lambda *_: None)
 
-        def caught() -> None:
-            for number in dict.fromkeys(ours.recv(4096)):
-                called(number)
+        def deliver() -> None:
+            with contextlib.suppress(BlockingIOError):
+                for number in dict.fromkeys(ours.recv(4096)):
+                    called(number)
 
-        self.watch(ours, caught)
+        self.deliver_signals = deliver
+        self.watch(ours, deliver)
 
     def close(self) -> None:
         """Forget all; signals are the process's own business again."""

@@ -32,6 +32,11 @@ def exit_code(result: Result) -> int:
     return {Outcome.DONE: 0, Outcome.BUSY: 5}.get(result.outcome, 3)
 
 
+def cancel_code(result: Result) -> int:
+    """Return what ``cancel`` exits with: 0 if the change was undone."""
+    return 4 if result.lost else 3 if result.outcome is Outcome.DONE else 0
+
+
 def result_object(result: Result, hands: Mapping[int, Hand], tail: Sequence[str]) -> dict[str, Any]:
     """Return the object of ``reload --json``."""
     return {

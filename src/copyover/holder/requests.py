@@ -10,11 +10,13 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
+import copyover
 from copyover import config as configs
 from copyover import events
 from copyover.change import Phase
 from copyover.errors import UsageError
 from copyover.holder import report
+from copyover.holder.upgrade import Upgrade
 from copyover.sockets import peer_of_descriptor
 
 if TYPE_CHECKING:
@@ -28,14 +30,17 @@ class Requests:
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
+        self._upgrade = Upgrade(daemon)
         self._known: dict[str, Callable[[int, dict[str, Any]], None]] = {
             "reload": self._reload,
             "status": lambda caller, _: self._tell(caller, self._status()),
             "connections": lambda caller, _: self._tell(caller, self._connections()),
             "events": self._events,
+            "cancel": self._cancel,
+            "rollback": self._roll_back,
             "stop": self._stop,
+            "upgrade": self._ask_upgrade,
         }
-        self._followers: set[int] = set()
         daemon.chronicle.on_event = self._tell_followers
 
     def answer(self, caller: int, request: dict[str, Any]) -> None:
@@ -54,17 +59,56 @@ class Requests:
 
     def _reload(self, caller: int, request: dict[str, Any]) -> None:
         daemon = self._daemon
-        try:
-            wishes = configs.wishes({key: request.get(key) for key in ("timeout_s", "move")})
-        except UsageError as problem:
-            self._refuse(caller, str(problem))
+        wishes = self._wishes(caller, request)
+        if wishes is None:
             return
+        is_one_way = request.get("one_way") is True
         if request.get("wait", True) or daemon.machine.phase is not Phase.SERVING:  # then it is told that it is busy
             daemon.waiting.add(caller)
-            daemon.ask_reload(caller, wishes)
+            daemon.ask_reload(caller, wishes, is_one_way=is_one_way)
             return
-        daemon.ask_reload(events.BY_SIGNAL, wishes)
+        daemon.ask_reload(events.BY_SIGNAL, wishes, is_one_way=is_one_way)
         self._tell(caller, {"outcome": "started", "exit_code": 0})
+
+    def _wishes(self, caller: int, request: dict[str, Any]) -> dict[str, Any] | None:
+        """Return what this one reload is to do otherwise; None when the caller was told why it cannot."""
+        try:
+            return configs.wishes({key: request.get(key) for key in ("timeout_s", "move", "bake_s", "health")})
+        except UsageError as problem:
+            self._refuse(caller, str(problem))
+            return None
+
+    def _cancel(self, caller: int, _: dict[str, Any]) -> None:
+        """Undo the change under way; its result is the answer."""
+        daemon = self._daemon
+        if daemon.machine.change is None:
+            serving = f"no change is under way; generation {daemon.machine.holdings.generation} serves"
+            self._tell(caller, {"outcome": "nothing", "exit_code": 3, "error": serving})
+            return
+        daemon.cancelling.add(caller)
+        daemon.cancel("cancelled by an operator")
+
+    def _roll_back(self, caller: int, request: dict[str, Any]) -> None:
+        """Undo the change under way; else go back to the release before, as a reload."""
+        daemon = self._daemon
+        if daemon.machine.change is not None:
+            self._cancel(caller, request)
+            return
+        if daemon.previous is None:
+            serving = f"there is no release before generation {daemon.machine.holdings.generation}, which serves"
+            self._tell(caller, {"outcome": "nothing", "exit_code": 3, "error": serving})
+            return
+        wishes = self._wishes(caller, request)
+        if wishes is not None:
+            daemon.waiting.add(caller)
+            daemon.ask_reload(caller, wishes, is_one_way=request.get("one_way") is True, pinned=daemon.previous)
+
+    def _ask_upgrade(self, caller: int, request: dict[str, Any]) -> None:
+        python = request.get("python")
+        if python is not None and (type(python) is not str or not python or "\0" in python):
+            self._refuse(caller, "python: should be the path of an interpreter")
+        else:
+            self._upgrade.ask(caller, python)
 
     def _stop(self, caller: int, _: dict[str, Any]) -> None:
         self._tell(caller, {"pid": os.getpid()})
@@ -75,14 +119,15 @@ class Requests:
         if not request.get("follow", False):
             self._tell(caller, {"events": kept})
             return
-        self._followers.add(caller)
+        self._daemon.followers.add(caller)
         for noted in kept:
             self._daemon.desk.reply(caller, {"event": noted})
 
     def _tell_followers(self, noted: dict[str, Any]) -> None:
-        self._followers = {caller for caller in self._followers if self._daemon.desk.is_present(caller)}
-        for caller in self._followers:
-            self._daemon.desk.reply(caller, {"event": noted})
+        daemon = self._daemon
+        daemon.followers = {caller for caller in daemon.followers if daemon.desk.is_present(caller)}
+        for caller in daemon.followers:
+            daemon.desk.reply(caller, {"event": noted})
 
     def _status(self) -> dict[str, Any]:
         daemon, now_s = self._daemon, time.monotonic()
@@ -93,6 +138,7 @@ class Requests:
         return {
             "name": daemon.config.name,
             "pid": os.getpid(),
+            "copyover": copyover.__version__,
             "uptime_s": round(now_s - daemon.started_s, 3),
             "is_serving": report.is_serving(daemon.machine),
             **report.status(daemon.machine, daemon.crew.hands, now_s=now_s, deadline_s=deadline_s),

@@ -14,6 +14,7 @@ import select
 import signal
 import socket
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -25,6 +26,7 @@ from copyover.errors import CopyoverError, StartupFailed, WireError
 from copyover.worker.application import load
 from copyover.worker.connection import Limits
 from copyover.worker.runtime import Runtime, leave
+from copyover.worker.seeking import Identity
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,12 +41,15 @@ def main() -> None:
         channel = Channel(_inherited_socket("COPYOVER_CHANNEL"))
         stderr = _inherited("COPYOVER_STDERR")
         worker, instance = int(os.environ["COPYOVER_WORKER"]), os.environ["COPYOVER_INSTANCE"]
+        home = os.environ.pop("COPYOVER_WORKERS"), os.environ.pop("COPYOVER_KEY")  # not for what the application starts
     except (KeyError, ValueError, OSError):
         sys.exit("copyover.worker is started by a holder; start that one with: copyover run module:attribute")
+    directory = str(Path.cwd())
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s %(levelname)s %(name)s worker={worker} %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the holder's business
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    channel.send(_hello(worker, instance))
+    hello = _hello(worker, instance)
+    channel.send(hello)
     try:
         welcome, descriptors = _await_welcome(channel)
     except WireError as problem:
@@ -60,7 +65,15 @@ def main() -> None:
         for place, descriptor in zip(welcome.listener, descriptors, strict=True)
     ]
     with asyncio.Runner(loop_factory=make_loop) as runner:
-        runner.run(_serve(channel, application, listeners, welcome, loop_name, stderr))
+        ready = messages.Ready(
+            application=welcome.application,
+            loop=loop_name,
+            writes=application.schema,
+            reads=application.readable,
+            shares=application.export_shared is not None,
+        )
+        identity = _identity(hello, welcome, ready, directory, home)
+        runner.run(_serve(channel, application, listeners, _limits(welcome.options), ready, identity, stderr))
         leave(0)
 
 
@@ -68,8 +81,9 @@ async def _serve(  # noqa: PLR0917  # each is used once, here
     channel: Channel,
     application: Application[Any],
     listeners: list[tuple[str, socket.socket]],
-    welcome: messages.Welcome,
-    loop_name: str,
+    limits: Limits,
+    ready: messages.Ready,
+    identity: Identity,
     stderr: int,
 ) -> None:
     if application.startup is not None:
@@ -77,17 +91,9 @@ async def _serve(  # noqa: PLR0917  # each is used once, here
             await application.startup()
         except Exception as problem:  # noqa: BLE001  # whatever startup raises refuses the reload
             _fail(channel, StartupFailed(f"startup raised {type(problem).__name__}: {problem}"), problem)
-    runtime = Runtime(asyncio.get_running_loop(), channel, application, listeners, _limits(welcome.options))
+    runtime = Runtime(asyncio.get_running_loop(), channel, application, listeners, limits, identity)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, runtime.terminate)
-    runtime.send(
-        messages.Ready(
-            application=welcome.application,
-            loop=loop_name,
-            writes=application.schema,
-            reads=application.readable,
-            shares=application.export_shared is not None,
-        )
-    )
+    runtime.send(ready)
     # Until here stderr is a pipe, so that the holder can quote it; a pipe would break when the holder dies.
     sys.stderr.flush()
     os.dup2(stderr, 2)
@@ -116,6 +122,29 @@ def _hello(worker: int, instance: str) -> messages.Hello:
         worker=worker,
         instance=instance,
     )
+
+
+def _identity(
+    hello: messages.Hello, welcome: messages.Welcome, ready: messages.Ready, directory: str, home: tuple[str, str]
+) -> Identity:
+    """Return what a new holder will be told, should this one die."""
+    path, key = home
+    attach = messages.Attach(
+        key=key,
+        generation=welcome.generation,
+        directory=directory,
+        python=sys.executable,
+        app_dir=welcome.app_dir,
+        application=ready.application,
+        loop=ready.loop,
+        writes=ready.writes,
+        reads=ready.reads,
+        shares=ready.shares,
+        is_committed=False,
+        is_leaving=False,
+        names=[],
+    )
+    return Identity(path, hello, attach)
 
 
 def _await_welcome(channel: Channel) -> tuple[messages.Welcome, list[int]]:

@@ -27,6 +27,7 @@ from copyover.worker.effects import (
     LetGoOn,
     MoveBegins,
     MoveEnds,
+    Report,
     Restore,
     Retire,
     Send,
@@ -52,6 +53,9 @@ class Standing(enum.Enum):
     FROZEN = "frozen"  # its record is sent; record, descriptor and coroutine are kept until commit
     STAGED = "staged"  # built, paused, no record yet
     THAWED = "thawed"  # it has its record and is not adopted yet
+
+
+_WAITING = {Standing.FROZEN: messages.Doing.FROZE, Standing.THAWED: messages.Doing.WAITS}
 
 
 @attrs.define
@@ -81,6 +85,10 @@ class Agent:
         self._gather_timer = ""
         self._waiting: dict[int, list[int]] = {}  # by batch: those that were asked to stop
         self._thawed: dict[int, Seat] = {}
+        self._is_moving = False
+        self._tombstones: set[int] = set()  # what has ended here since the move began
+        self.is_committed = False  # told to serve, by other than a move that is still under way
+        self.is_leaving = False
 
     def handle(self, message: messages.Message, now_ns: int = 0) -> list[Effect]:
         """
@@ -110,6 +118,8 @@ class Agent:
     def ended(self, hows: Mapping[int, messages.How]) -> list[Effect]:
         """Tell the holder which connections ended; to a freeze under way this is the answer."""
         ended = [(cookie, self.seats.pop(cookie), how) for cookie, how in hows.items() if cookie in self.seats]
+        if self._is_moving:
+            self._tombstones.update(cookie for cookie, _, _ in ended)
         effects: list[Effect] = [
             Send(
                 messages.Release(
@@ -133,11 +143,14 @@ class Agent:
         self._acked = message.total
         return []
 
-    def _accept_on(self, _message: messages.AcceptOn, _: int) -> list[Effect]:
+    def _accept_on(self, message: messages.AcceptOn, _: int) -> list[Effect]:
+        self.is_committed |= not message.moving
+        self._is_moving |= message.moving
         return [Accept(is_on=True)]
 
     def _accept_off(self, message: messages.AcceptOff, _: int) -> list[Effect]:
         begins: list[Effect] = [MoveBegins()] if message.moving else []
+        self._is_moving |= message.moving
         return [*begins, Accept(is_on=False), Send(messages.AcceptOffAck())]
 
     # ---- staging
@@ -147,7 +160,8 @@ class Agent:
             if cookie in self.seats:
                 raise IllegalEvent(f"connection {cookie} is staged where it is {self.seats[cookie].standing.value}")
             self.seats[cookie] = Seat(Standing.STAGED)
-        begins: list[Effect] = [MoveBegins()] if self._staged == 0 else []
+        begins: list[Effect] = [] if self._is_moving else [MoveBegins()]
+        self._is_moving = True
         self._staged += message.rows
         return [*begins, Build(message.cookie, message.listener), Send(messages.Staged(total=self._staged))]
 
@@ -371,13 +385,17 @@ class Agent:
             del self._thawed[cookie]
         return [*effects, Serve(tuple([cookie for cookie, _ in thawed]), message.cut)]
 
+    # ---- without a holder, and with a new one
+
     def orphaned(self) -> list[Effect]:
         """
         The holder is dead: what has not left goes on here, and what has not come is not waited for.
 
-        Frozen and thawed connections wait: which of two workers serves them only a holder can say.
+        Frozen and thawed connections wait: which of two workers serves them only a holder can say. A replacement that
+        was given nothing yet is of no use to anybody.
         """
         self._gathering = None
+        self._waiting.clear()
         asked = (Standing.FREEZING, Standing.HALTED)
         staying = tuple([cookie for cookie, seat in self.seats.items() if seat.standing in asked])
         staged = tuple([cookie for cookie, seat in self.seats.items() if seat.standing is Standing.STAGED])
@@ -385,24 +403,57 @@ class Agent:
             self.seats[cookie].standing = Standing.SERVING
         for cookie in staged:
             del self.seats[cookie]
-        return [LetGoOn(staying), Discard(staged), MoveEnds()]
+        effects: list[Effect] = [LetGoOn(staying), Discard(staged), MoveEnds()]
+        if not (self.is_committed or self.seats or self._tombstones):
+            return [*effects, Retire(0.0)]
+        return [*effects, Accept(is_on=True)] if self.is_committed and not self.is_leaving else effects
+
+    def _recall(self, _message: messages.Recall, _: int) -> list[Effect]:
+        return [Report()]
+
+    def waiting(self) -> list[int]:
+        """Return the connections whose records a new holder needs: those that nobody serves here."""
+        return [cookie for cookie, seat in self.seats.items() if seat.standing in _WAITING]
+
+    def recalled(self, records: Mapping[int, messages.Record], listeners: Mapping[int, int]) -> list[Effect]:
+        """A new holder asks for everything: *listeners* tells where each connection came from."""
+        self._acked = self._staged = 0
+        self.unacked.clear()
+        rows = [(cookie, seat, records.get(cookie, messages.Record())) for cookie, seat in self.seats.items()]
+        effects: list[Effect] = []
+        for cut in messages.record_chunks([record for _, _, record in rows], messages.MAX_DESCRIPTORS):
+            cookies = tuple([cookie for cookie, _, _ in rows[cut]])
+            view = messages.View(
+                cookie=cookies,
+                epoch=tuple([seat.epoch for _, seat, _ in rows[cut]]),
+                listener=tuple([listeners[cookie] for cookie in cookies]),
+                standing=tuple([_WAITING.get(seat.standing, messages.Doing.SERVES) for _, seat, _ in rows[cut]]),
+                **messages.record_columns([record for _, _, record in rows[cut]]),
+            )
+            effects.append(Send(view, cookies))
+        return [*effects, Send(messages.Viewed(cookie=tuple(self._tombstones)))]
 
     # ---- the end of a move, the end of the worker
 
     def _commit(self, message: messages.Commit, _: int) -> list[Effect]:
+        self.is_leaving = True
         return [*self._forget_copies(), MoveEnds(), Retire(message.drain_ms / 1000)]
 
     def _move_over(self, _message: messages.MoveOver, _: int) -> list[Effect]:
+        self.is_committed = True
         return [*self._forget_copies(), MoveEnds()]
 
     def _forget_copies(self) -> list[Effect]:
         copies = (Standing.FROZEN, Standing.STAGED)
         gone = tuple([cookie for cookie, seat in self.seats.items() if seat.standing in copies])
+        self._is_moving = False
+        self._tombstones.clear()
         for cookie in gone:
             del self.seats[cookie]
         return [Discard(gone)] if gone else []
 
     def _stop(self, message: messages.Stop, _: int) -> list[Effect]:
+        self.is_leaving = True
         return [Accept(is_on=False), StopServing(message.drain_ms / 1000)]
 
     # ---- the table
@@ -420,6 +471,7 @@ class Agent:
         messages.MoveOver: _move_over,
         messages.Stop: _stop,
         messages.Push: _push,
+        messages.Recall: _recall,
     }
 
 

@@ -106,6 +106,11 @@ class Accept:
 
 
 @attrs.frozen
+class Report:
+    """A new holder asks for all: tell it who we are, then answer with ``recalled``."""
+
+
+@attrs.frozen
 class MoveBegins:
     """No garbage collection from here to MoveEnds."""
 
@@ -148,6 +153,7 @@ Effect = (
     | Deliver
     | Discard
     | Accept
+    | Report
     | MoveBegins
     | MoveEnds
     | Retire

@@ -17,6 +17,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, assert_never
 
+import attrs
+
 from copyover import messages
 from copyover.channel import RETRY_S, Backlog
 from copyover.errors import ChannelClosed, CopyoverError, IllegalEvent, LimitExceeded, WireError
@@ -27,6 +29,7 @@ from copyover.worker.agent import Agent
 from copyover.worker.boundary import Course
 from copyover.worker.connection import Connection, Limits, current
 from copyover.worker.cut import Cut
+from copyover.worker.seeking import Identity, Seeker
 from copyover.worker.transport import Phase, Transport
 
 if TYPE_CHECKING:
@@ -52,8 +55,11 @@ class Runtime:
         application: Application[Any],
         listeners: Sequence[tuple[str, socket.socket]],
         limits: Limits,
+        identity: Identity,
     ) -> None:
         self._loop = loop
+        self._identity = identity
+        self._seeker = Seeker(loop, identity, self._attach)
         self._channel: Channel | None = channel
         self._application = application
         self._names = [name for name, _ in listeners]
@@ -119,19 +125,45 @@ class Runtime:
         self.send(messages.Failed(reason=f"a worker could not follow the holder: {problem}", status=3))
 
     def _detach(self) -> None:
-        """The holder is gone: serve on, and accept; nothing can be lent."""
+        """The holder is gone: serve on, and accept; a new holder takes over what cannot be lent meanwhile."""
         if self._channel is None:
             return
-        advice = f"it serves on without it and cannot be reloaded; end it with SIGTERM to pid {os.getpid()}"
-        log.warning("the holder of this worker is gone; %s", advice)
+        advice = f"run it again and it takes over, or end this worker with SIGTERM to pid {os.getpid()}"
+        log.warning("the holder of this worker is gone, it serves on without; %s", advice)
         self._loop.remove_reader(self._channel.fileno())
         self._loop.remove_writer(self._channel.fileno())
         channel, self._channel = self._channel, None
         channel.close()
         self._acceptor.hold("backlog", is_held=False)
-        self._acceptor.switch(is_on=not self._is_leaving)
         self._flush_ended()
         self._perform(self._agent.orphaned())
+        self._seeker.seek()
+
+    def _attach(self, channel: Channel, recall: messages.Recall) -> None:
+        """Another holder has come: tell it everything, and work with it as with the first."""
+        log.info("event=attached connections=%d", len(self._connections))
+        self._channel = channel
+        channel.on_backlog = self._on_backlog
+        self._loop.add_reader(channel.fileno(), self._channel_readable)
+        self._flush_ended()
+        self._perform(self._agent.handle(recall))
+
+    def _report(self) -> None:
+        attach = attrs.evolve(
+            self._identity.attach,
+            is_committed=self._agent.is_committed,
+            is_leaving=self._agent.is_leaving,
+            names=self._names,
+            listener=tuple(range(len(self._names))),
+        )
+        self.send(attach, [listener.fileno() for listener in self._listeners])
+        records = {}
+        for cookie in self._agent.waiting():
+            connection = self._connections[cookie]
+            state = self._application.encode_state(connection.state)
+            records[cookie] = connection.export(schema=self._application.schema, state=state)
+        places = {cookie: self._names.index(connection.listener) for cookie, connection in self._connections.items()}
+        self._perform(self._agent.recalled(records, places))
 
     def _on_backlog(self, backlog: Backlog) -> None:
         if self._channel is None:
@@ -204,6 +236,8 @@ class Runtime:
                 case effects.MoveEnds():
                     gc.unfreeze()
                     gc.enable()
+                case effects.Report():
+                    self._report()
                 case effects.Retire(drain_s):
                     self._retire(drain_s)
                 case effects.StopServing(drain_s):
@@ -221,8 +255,8 @@ class Runtime:
         if isinstance(message, messages.Lend):
             descriptors = [self._connections[cookie].transport.socket.fileno() for cookie in cookies]
             self.send(message, descriptors, on_sent=lambda: self._start_fresh(cookies))
-        else:
-            self.send(message)
+        else:  # a view has descriptors, too
+            self.send(message, [self._connections[cookie].transport.socket.fileno() for cookie in cookies])
 
     # ---- fresh connections
 

@@ -1,0 +1,104 @@
+"""
+What a new holder makes of what the workers of a dead one report: who owns each connection, and which generation serves.
+
+The highest epoch wins, a tombstone beats all, and a change of which no worker has seen the commit is rolled back.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import attrs
+
+from copyover import messages
+from copyover.events import Close
+from copyover.holdings import Strength, Worker
+from copyover.ledger import Passage, Standing
+from copyover.messages import Doing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from copyover.events import Report, Row
+    from copyover.holdings import Holdings
+
+_STANDINGS = {Doing.SERVES: Standing.SERVED, Doing.WAITS: Standing.THAWING, Doing.FROZE: Standing.PARKED}
+
+
+@attrs.frozen
+class Finding:
+    """Which generation serves, and the replacement of a change that was under way, 0 if there was none."""
+
+    serving: int
+    unfinished: int = 0
+
+
+def find(reports: Sequence[Report]) -> Finding:
+    """Say which generation is to serve. *reports* are those of all workers that live, at least one."""
+    staying = [report for report in reports if not report.is_leaving]
+    generations = sorted({report.generation for report in staying})
+    if not generations:
+        return Finding(max(report.generation for report in reports))
+    newest = generations[-1]
+    is_committed = any(report.is_committed for report in staying if report.generation == newest)
+    if is_committed or len(generations) == 1:
+        return Finding(newest)
+    return Finding(generations[-2], newest)
+
+
+def take(holdings: Holdings, reports: Sequence[Report]) -> None:
+    """Fill empty holdings with what the workers have; descriptors of which there are two are closed."""
+    for report in reports:
+        strength = Strength.RETIRING if report.is_leaving else Strength.READY
+        holdings.workers[report.worker] = Worker(report.worker, report.generation, strength, report.abilities)
+    tombstones = {cookie for report in reports for cookie in report.tombstones}
+    copies: dict[int, list[tuple[int, Row]]] = {}
+    for report in reports:
+        for row in report.rows:
+            copies.setdefault(row.cookie, []).append((report.worker, row))
+    for cookie, found in copies.items():
+        if cookie in tombstones:
+            _close(holdings, [row for _, row in found])
+            holdings.drop((worker, cookie) for worker, row in found if row.doing is Doing.FROZE)
+        else:
+            _enter(holdings, sorted(found, key=_precedence))
+
+
+def _precedence(found: tuple[int, Row]) -> tuple[int, bool]:
+    """Order copies; the last one counts. A frozen copy and a served one of one epoch cannot both be the newest."""
+    _, row = found
+    return row.epoch, row.doing is not Doing.FROZE
+
+
+def _enter(holdings: Holdings, copies: Sequence[tuple[int, Row]]) -> None:
+    *older, (owner, newest) = copies
+    entry = holdings.ledger.lend(owner, newest.cookie, newest.descriptor, newest.listener)
+    entry.epoch, entry.standing = newest.epoch, _STANDINGS[newest.doing]
+    waiting = [worker for worker, row in copies if row.doing is Doing.FROZE]
+    if newest.doing is not Doing.SERVES or waiting:
+        entry.passage = Passage(
+            staged_in=waiting[-1] if newest.doing is Doing.FROZE else owner,
+            origin=waiting[0] if waiting else 0,
+            record=None if newest.doing is Doing.SERVES else newest.record,
+            is_given=newest.doing is Doing.WAITS,
+            # The coroutine that froze first goes on only where certainly nobody has served it since.
+            was_adopted=newest.doing is Doing.SERVES or len(waiting) > 1,
+        )
+    _close(holdings, [row for _, row in older])
+    if newest.doing is not Doing.SERVES and not newest.is_current:
+        holdings.lose(newest.cookie)  # whoever served it since died with the holder: to go on here would repeat bytes
+
+
+def _close(holdings: Holdings, rows: Iterable[Row]) -> None:
+    holdings.effects.extend(Close(row.descriptor) for row in rows)
+
+
+def let_enter(holdings: Holdings, workers: Iterable[int]) -> dict[int, int]:
+    """Tell those of *workers* who were given a record to serve from it; return these connections, and whose each is."""
+    asked = set(workers)
+    entries = holdings.ledger.entries.values()
+    given = {e.cookie: e.owner for e in entries if e.standing is Standing.THAWING and e.owner in asked}
+    for worker in dict.fromkeys(given.values()):
+        holdings.send(worker, messages.Enter(cut=True))
+        holdings.send(worker, messages.Enter(cut=False))
+    return given
