@@ -35,6 +35,13 @@ def test_defaults_need_the_application_only() -> None:
     assert [(address.host, address.port) for address in made.addresses] == [("127.0.0.1", 8000)]
 
 
+def test_slots_are_on_and_can_be_switched_off() -> None:
+    """1024 bytes a connection; 0 is none."""
+    assert config.load(None, APP).slot_bytes == 1024
+    assert config.load(None, APP).on_crash == "reset"
+    assert config.load(None, {**APP, "slot_bytes": 0}).slot_bytes == 0
+
+
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
     """A key of the file holds unless a flag says otherwise."""
     file = written(tmp_path, 'app = "a:b"\nworkers = 3\nmove = "rolling"\n')
@@ -79,6 +86,10 @@ def test_a_missing_application_is_named(tmp_path: Path) -> None:
         ("listen = [1]", "listen", "should be of type str, not int"),
         ("python = 3", "python", "should be of type str, not int"),
         ("listen = []", "listen", "names no address"),
+        ("slot_bytes = 255", "slot_bytes", "must be 0, or from 256 to 1048576"),
+        ("slot_bytes = 1048577", "slot_bytes", "must be 0, or from 256"),
+        ("slot_bytes = -1", "slot_bytes", "must be 0, or from 256"),
+        ('on_crash = "hope"', "on_crash", "must be in"),
     ],
 )
 def test_a_wrong_key_names_file_line_and_key(tmp_path: Path, line: str, key: str, says: str) -> None:

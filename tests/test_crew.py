@@ -15,6 +15,7 @@ from copyover.release import Release
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     import pytest
 
@@ -44,7 +45,9 @@ class Stuck:
         return "was killed by SIGKILL"
 
 
-def test_a_worker_that_cannot_be_reaped_is_reported_and_nothing_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_cannot_be_reaped_is_reported_and_nothing_moves(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Said once, with what to do; status shows it; it is not dead before its pidfd says so, however often killed."""
     stuck = Stuck()
     monkeypatch.setattr("copyover.process.spawn", lambda *_, **__: stuck)
@@ -55,11 +58,20 @@ def test_a_worker_that_cannot_be_reaped_is_reported_and_nothing_moves(monkeypatc
     def note(event: str, fields: Mapping[str, Any], _: int) -> None:
         noted.append((event, dict(fields)))
 
-    loop = Loop(lambda: None)
-    crew = Crew(loop, [], {}, None, tell=told.append, settle=lambda: None, note=note)
+    loop, machine = Loop(lambda: None), reload.Machine()
+    crew = Crew(
+        loop,
+        machine,
+        [],
+        tmp_path,
+        environment={"COPYOVER_INSTANCE": "0"},
+        user=None,
+        tell=told.append,
+        settle=lambda: None,
+        note=note,
+    )
     release = Release(directory="/", python="python", application="app:app", app_dir="/")
     crew.generations[1] = Generation(release, Config(app="app:app"))
-    machine = reload.Machine()
     machine.handle(events.Reload(asker=7, generation=1, workers=1, move="together", timeout_s=60.0), 0.0)
     crew.spawn(1, 1, 0.0)
     while 1 not in crew.hands:

@@ -47,6 +47,8 @@ def bound() -> Iterator[Callable[[Address], Listener]]:
         ("[::1]:80", Address("[::1]:80", host="::1", port=80)),
         ("unix:///run/x.sock", Address("unix:///run/x.sock", path="/run/x.sock")),
         ("a_b-c=unix:///run/x.sock?mode=0660&group=web", Address("a_b-c", path="/run/x.sock", mode=0o660, group="web")),
+        ("web=tcp://[::1]:80?on_crash=resume", Address("web", host="::1", port=80, on_crash="resume")),
+        ("x=unix:///run/x.sock?on_crash=reset", Address("x", path="/run/x.sock", on_crash="reset")),
         ("unix:///run/a=b.sock", Address("unix:///run/a=b.sock", path="/run/a=b.sock")),
     ],
 )
@@ -68,14 +70,17 @@ def test_an_address_is_read(text: str, address: Address) -> None:
         ("::1:80", "no number from 0 to 65535"),
         ("[::1:80", "address"),
         ("tcp://host:1/path", "is no address"),
-        ("tcp://host:1?mode=1", "is no address"),
+        ("tcp://host:1?mode=1", "options mode; known: on_crash"),
         ("http://host:1", "neither tcp:// nor unix://"),
         ("unix://relative", "needs an absolute path"),
         ("unix:relative", "needs an absolute path"),
         ("unix:///x?mode=rw", "no octal number"),
         ("unix:///x?mode=9", "no octal number"),
         ("unix:///x?mode=-1", "no octal number"),
-        ("unix:///x?owner=me", "options owner; mode and group are known"),
+        ("unix:///x?owner=me", "options owner; known: mode, group, on_crash"),
+        ("host:1?backlog=9", "options backlog; known: on_crash"),
+        ("host:1?on_crash=hope", "on_crash of 'host:1[?]on_crash=hope' is none of reset, resume"),
+        ("unix:///x?on_crash=", "is none of reset, resume"),
     ],
 )
 def test_what_is_no_address_is_named(text: str, says: str) -> None:
@@ -127,6 +132,13 @@ def test_an_address_of_another_machine_is_said() -> None:
     """192.0.2.0/24 is of nobody: documentation only."""
     with pytest.raises(BadAddress, match=r"192\.0\.2\.1:1 cannot be bound: Cannot assign"):
         listeners.bind(Address("web", host="192.0.2.1", port=1))
+
+
+def test_a_listener_keeps_its_policy(bound: Callable[[Address], Listener], tmp_path: Path) -> None:
+    """Of either family; None leaves it to the configuration."""
+    assert bound(listeners.parse("127.0.0.1:0")).on_crash is None
+    assert bound(listeners.parse("127.0.0.1:0?on_crash=resume")).on_crash == "resume"
+    assert bound(listeners.parse(f"unix://{tmp_path}/x.sock?on_crash=reset")).on_crash == "reset"
 
 
 # ---- unix sockets

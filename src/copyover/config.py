@@ -16,7 +16,7 @@ import attrs
 import cattrs
 from attrs.validators import ge, gt, in_, instance_of, le, min_len, optional
 
-from copyover import listeners
+from copyover import listeners, slots
 from copyover.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,6 +30,11 @@ def _key(doc: str, *, reloadable: bool = True, **options: Any) -> Any:
 def _needs_bake(config: Config | None, _field: Any, health: str | None) -> None:
     if config is not None and health is not None and config.bake_s <= 0:
         raise ConfigError("is watched while baking, and bake_s is 0: set that too", key="health")
+
+
+def _slot_size(_: object, __: object, value: int) -> None:
+    if value != 0 and not slots.SMALLEST_BYTES <= value <= slots.LARGEST_BYTES:
+        raise ValueError(f"must be 0, or from {slots.SMALLEST_BYTES} to {slots.LARGEST_BYTES}")
 
 
 LONGEST_S = 1e7  # 115 days: longer is never, and infinity is no number of milliseconds
@@ -86,6 +91,16 @@ class Config:
     )
     worker_record_bytes: int = _key(
         "what the records of one worker's connections may hold in a move", default=1 << 30, validator=ge(1)
+    )
+    slot_bytes: int = _key(
+        "what a slot takes in the runtime directory; 0 saves nothing",
+        default=1024,
+        validator=_slot_size,
+    )
+    on_crash: str = _key(
+        "what becomes of connections that cannot go on exactly when their worker is killed",
+        default="reset",
+        validator=in_(listeners.ON_CRASH),
     )
 
     @property

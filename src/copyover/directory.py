@@ -10,13 +10,16 @@ import contextlib
 import fcntl
 import os
 import re
+import secrets
 import stat
+import struct
 from pathlib import Path
 
 import attrs
 
 from copyover.errors import HolderExists, PermissionRefused, UnsafeRuntimeDirectory, UsageError
 
+_FLOCK = struct.Struct("@hhqqi4x")  # l_type, l_whence, l_start, l_len, l_pid; 64-bit. fcntl_locking(2)
 _LONGEST_SOCKET_PATH = 107  # sun_path without its NUL. unix(7)
 
 
@@ -33,6 +36,16 @@ class Directory:
     @property
     def lock(self) -> Path:
         return self.path / "lock"
+
+    @property
+    def workers(self) -> Path:
+        """Where workers find a new holder; it is there while one waits for them."""
+        return self.path / "workers.sock"
+
+    @property
+    def key(self) -> Path:
+        """The secret of the name, by which a new holder knows its workers."""
+        return self.path / "key"
 
 
 def of(name: str) -> Directory:
@@ -135,8 +148,41 @@ def take_lock(directory: Directory, name: str) -> int:
         pid = os.pread(descriptor, 32, 0).decode().strip()
         os.close(descriptor)
         raise HolderExists(
-            f"a holder named {name!r} is running (pid {pid}); reload it with: copyover reload {name}, or choose --name"
+            f"a holder named {name!r} is running (pid {pid}); reload it with: copyover reload {name}, or choose --name",
+            pid=int(pid) if pid.isdecimal() else None,
         ) from held
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     return descriptor
+
+
+def draw_key(directory: Directory) -> None:
+    """Draw a new secret; workers of an earlier holder are strangers from here on."""
+    temporary = directory.key.with_suffix(f".{os.getpid()}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="ascii") as file:
+        file.write(secrets.token_hex(16))
+    temporary.rename(directory.key)
+
+
+def read_key(directory: Directory) -> str:
+    """Return the secret; empty where there is none, which no worker has."""
+    try:
+        return directory.key.read_text(encoding="ascii")
+    except FileNotFoundError:
+        return ""
+
+
+def registered(directory: Directory) -> dict[Path, int]:
+    """
+    Return the files of all workers that were ever registered and not buried, each with its worker's pid; 0 is dead.
+
+    A worker locks its file for as long as it lives; no child of it has that lock. fcntl_locking(2), F_GETLK
+    """
+    found = {}
+    for path in sorted(directory.path.glob("worker-*")):
+        with path.open("r+b") as file:
+            asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            kind, _, _, _, pid = _FLOCK.unpack(fcntl.fcntl(file, fcntl.F_GETLK, asked))
+            found[path] = 0 if kind == fcntl.F_UNLCK else pid
+    return found

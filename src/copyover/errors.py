@@ -129,9 +129,13 @@ class PermissionRefused(CopyoverError):
 
 
 class HolderExists(CopyoverError):
-    """A living holder has the name."""
+    """A living holder has the name; *pid* is None where its file does not say."""
 
     exit_code = 15
+
+    def __init__(self, sentence: str, *, pid: int | None = None) -> None:
+        self.pid = pid
+        super().__init__(sentence)
 
 
 class UnsafeRuntimeDirectory(CopyoverError):

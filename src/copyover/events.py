@@ -74,11 +74,13 @@ class Died:
 
     *recovered*: what its slots and the kernel's counters say of its connections: the record from which one resumes, or
     None where nobody can go on. One that is missing left no trace: the record that it was given, if any, stands.
+    *ended*: those that the kernel has closed already.
     """
 
     worker: int
     how: str
     recovered: Mapping[int, messages.Record | None] = attrs.field(factory=dict)
+    ended: frozenset[int] = frozenset()
 
 
 @attrs.frozen

@@ -63,6 +63,16 @@ class Worker:
         self.queue.clear()
 
 
+@attrs.frozen
+class Burial:
+    """A dead worker, and what became of its connections; those parked wait for somebody to go on with them."""
+
+    worker: Worker
+    parked: list[Entry]
+    lost: list[int]
+    ended: list[int]
+
+
 class Holdings:
     """Everything that the holder keeps. *capacity*: the live connections that its descriptors allow for."""
 
@@ -197,20 +207,18 @@ class Holdings:
             self.set_timer("healthy", after_s + HEALTHY_S)
             self.note("restarting", worker=worker, generation=self.generation, after_s=after_s)
 
-    def bury(self, event: events.Died) -> tuple[Worker, list[Entry], list[int]]:
-        """
-        Forget a dead worker.
-
-        Returns it, the connections that somebody else can go on with (parked now), and those that are lost.
-        """
+    def bury(self, event: events.Died) -> Burial:
+        """Forget a dead worker; what somebody else can go on with is parked, the rest is reset."""
         worker = self.workers.pop(event.worker)
         had = self.ledger.owned[worker.id]
-        parked, lost = [], []
+        parked, lost, ended = [], [], []
         for entry in list(self.ledger.of(worker.id)):
             if entry.standing is Standing.PARKED:
                 continue
             record = event.recovered.get(entry.cookie)
-            if record is not None:
+            if entry.cookie in event.ended:
+                ended.append(entry.cookie)
+            elif record is not None:
                 parked.append(self._recover(entry, record))
             elif entry.cookie not in event.recovered and self.ledger.has_record(entry):
                 parked.append(self.ledger.park(entry.cookie))
@@ -218,6 +226,9 @@ class Holdings:
                 lost.append(entry.cookie)
         for cookie in lost:
             self.lose(cookie)
+        for cookie in ended:
+            self.drop(self._end(self.ledger.lose(cookie), events.Close))
+            self.counters["ended"] += 1
         self.ledger.forget_copies(worker.id)
         self.set_timer(f"retire {worker.id}", None)
         self.note(
@@ -229,7 +240,7 @@ class Holdings:
             parked=len(parked),
             lost=len(lost),
         )
-        return worker, parked, lost
+        return Burial(worker, parked, lost, ended)
 
     def _recover(self, entry: Entry, record: messages.Record) -> Entry:
         self.counters["recovered"] += 1

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 BACKLOG = 4096
+ON_CRASH = ("reset", "resume")  # what becomes of connections that cannot go on exactly when their worker is killed
 _FIRST_PASSED = 3  # SD_LISTEN_FDS_START. sd_listen_fds(3)
 _NAMED = re.compile(r"([A-Za-z_][A-Za-z0-9_-]*)=(.*)", re.DOTALL)
 
@@ -38,6 +39,7 @@ class Address:
     path: str | None = None
     mode: int | None = None
     group: str | None = None
+    on_crash: str | None = None  # None: as the configuration says
 
 
 @attrs.frozen
@@ -45,6 +47,7 @@ class Listener:
     name: str
     socket: socket.socket
     path: str | None = None
+    on_crash: str | None = None
 
     @property
     def url(self) -> str:
@@ -59,6 +62,8 @@ class Listener:
 def parse(text: str) -> Address:
     """
     Read ``[NAME=]tcp://HOST:PORT``, ``unix:///path?mode=0660&group=NAME``, or a bare ``HOST:PORT``.
+
+    All take ``?on_crash=reset`` or ``resume``.
 
     Raises:
         BadAddress: it is none of these.
@@ -78,23 +83,37 @@ def parse(text: str) -> Address:
         port = parts.port
     except ValueError as problem:
         raise BadAddress(f"the port of {text!r} is no number from 0 to 65535") from problem
-    rest = parts.path or parts.query or parts.fragment or parts.username
+    rest = parts.path or parts.fragment or parts.username
     if not parts.hostname or port is None or rest:
         raise BadAddress(f"{text!r} is no address; write HOST:PORT, tcp://[::1]:PORT or unix:///path")
-    return Address(name, host=parts.hostname, port=port)
+    options = _options(text, parts.query, ("on_crash",))
+    return Address(name, host=parts.hostname, port=port, on_crash=options.get("on_crash"))
+
+
+def _options(url: str, query: str, known: tuple[str, ...]) -> dict[str, str]:
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    if not options.keys() <= set(known):
+        raise BadAddress(f"{url!r} has the options {', '.join(options)}; known: {', '.join(known)}")
+    if options.get("on_crash", "reset") not in ON_CRASH:
+        raise BadAddress(f"on_crash of {url!r} is none of {', '.join(ON_CRASH)}")
+    return options
 
 
 def _parse_unix(name: str, url: str) -> Address:
     parts = urlsplit(url)
-    options = dict(parse_qsl(parts.query))
     if parts.netloc or not parts.path.startswith("/"):
         raise BadAddress(f"{url!r} needs an absolute path: unix:///path")
-    if set(options) - {"mode", "group"}:
-        raise BadAddress(f"{url!r} has the options {', '.join(options)}; mode and group are known")
+    options = _options(url, parts.query, ("mode", "group", "on_crash"))
     mode = options.get("mode")
     if mode is not None and not re.fullmatch("0?[0-7]{3}", mode):
         raise BadAddress(f"the mode of {url!r} is no octal number such as 0660")
-    return Address(name, path=parts.path, mode=None if mode is None else int(mode, 8), group=options.get("group"))
+    return Address(
+        name,
+        path=parts.path,
+        mode=None if mode is None else int(mode, 8),
+        group=options.get("group"),
+        on_crash=options.get("on_crash"),
+    )
 
 
 def bind(address: Address) -> Listener:
@@ -111,7 +130,7 @@ def bind(address: Address) -> Listener:
 
     """
     if address.path is not None:
-        return Listener(address.name, _bind_unix(address, address.path), address.path)
+        return Listener(address.name, _bind_unix(address, address.path), address.path, address.on_crash)
     try:
         found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (socket.gaierror, UnicodeError) as problem:  # UnicodeError: a label that no DNS name can have
@@ -128,7 +147,7 @@ def bind(address: Address) -> Listener:
     except OSError as problem:
         sock.close()
         raise _in_words(problem, address) from problem
-    return Listener(address.name, sock)
+    return Listener(address.name, sock, on_crash=address.on_crash)
 
 
 def _prepare(sock: socket.socket) -> None:

@@ -56,7 +56,8 @@ class RecordFlag(enum.IntFlag):
     FINISHED = 2  # the handler has returned: send what is unsent, then close
     UNSERVED = 4  # thaw only: nobody served it since you froze it; use your own record and coroutine
     CUT = 8  # thaw only: part of a consistent cut, entered with all the others of it
-    INTERRUPTED = 16  # its worker was killed in the middle of a message: it resumes at the boundary before
+    INTERRUPTED = 16  # its worker was killed away from a boundary: what came and went since the last one is lost
+    FRESH = 32  # no boundary was reached since it was accepted: it has no state, the handler begins
 
 
 @attrs.frozen

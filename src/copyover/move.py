@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from copyover.events import FromWorker, Reload
-    from copyover.holdings import Holdings, Worker
+    from copyover.holdings import Burial, Holdings, Worker
     from copyover.ledger import Entry
 
 ROLLING_BATCH = 64
@@ -322,6 +322,11 @@ class Move:
             self.lost += 1
             self.kept.pop(cookie, None)
             self._settled(cookie)
+
+    def note_burial(self, burial: Burial) -> None:
+        self.note_lost(burial.lost)
+        for cookie in burial.ended:
+            self.note_ended(cookie)
 
     @property
     def is_complete(self) -> bool:

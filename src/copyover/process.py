@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import os
 import resource
+import select
 import signal
 import subprocess
 from pathlib import Path
@@ -35,9 +36,10 @@ _children: set[int] = set()  # started here and not reaped yet
 
 class Child:
     """
-    A child of this process, known by its pid and the pidfd that this owns; ``fileno`` is readable once it is dead.
+    A process known by its pid and the pidfd that this owns; ``fileno`` is readable once it is dead.
 
-    Who started it does not matter: children stay those of a process over its execve.
+    Who started it does not matter: children stay those of a process over its execve, and one that another holder
+    started is watched and killed in the same way.
     """
 
     def __init__(self, pid: int, pidfd: int) -> None:
@@ -74,17 +76,27 @@ class Child:
 
     def reap(self) -> str:
         """Take its exit status, waiting for it if need be, and say in words how it ended."""
-        ended = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
+        try:
+            ended = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
+        except ChildProcessError:  # another holder started it: whoever adopted it has its status
+            ended = None
+            _wait_readable(self._pidfd)
         os.close(self._pidfd)
         _children.discard(self.pid)
         if ended is None:
-            raise AssertionError("waitid returns without a result under WNOHANG only")
+            return "ended"
         if ended.si_code == os.CLD_EXITED:
             return f"exited with {ended.si_status}"
         try:
             return f"was killed by {signal.Signals(ended.si_status).name}"
         except ValueError:
             return f"was killed by signal {ended.si_status}"
+
+
+def _wait_readable(pidfd: int) -> None:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    poll.poll()
 
 
 def spawn(
@@ -154,6 +166,11 @@ def reap_orphans() -> None:
         if dead is None or dead.si_pid in _children:
             return
         os.waitid(os.P_PID, dead.si_pid, os.WEXITED | os.WNOHANG)
+
+
+def descriptor_limit() -> int:
+    """Return how many descriptors this process, and a worker of it, may have."""
+    return min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 1 << 20)
 
 
 def raise_descriptor_limit() -> int:

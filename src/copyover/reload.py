@@ -116,7 +116,7 @@ class Machine:
         finding = reunion.find(event.reports)
         # Timers of the dead holder's freezes still run in the workers: batches are numbered beyond all of its.
         holdings.number_on(max(holdings.workers) + 1, batch=int(self._now_s * 1000) + 1)
-        holdings.generation, holdings.wanted = finding.serving, asked.workers
+        holdings.generation, holdings.wanted, holdings.quotas = finding.serving, asked.workers, asked.quotas
         holdings.note("reunited", generation=finding.serving, workers=len(event.reports), connections=len(self.ledger))
         if finding.unfinished:
             self._roll_back_unfinished(attrs.evolve(asked, generation=finding.unfinished), finding)
@@ -540,12 +540,12 @@ class Machine:
 
     def _bury_and_park(self, event: Died) -> Worker:
         """Its connections go to another worker of the serving generation, or wait for a fresh one."""
-        worker, parked, lost = self.holdings.bury(event)
+        burial = self.holdings.bury(event)
         if self.change is not None:
-            self._move.note_lost(lost)
-        self.parking.settled([*lost, *(entry.cookie for entry in parked)])
+            self._move.note_burial(burial)
+        self.parking.settled([*burial.lost, *burial.ended, *(entry.cookie for entry in burial.parked)])
         self.parking.place()
-        return worker
+        return burial.worker
 
     def _died_in_boot(self, event: Died) -> None:
         """An incumbent is restored at once: a release may take long to boot."""
@@ -559,33 +559,31 @@ class Machine:
 
     def _died_before_move(self, event: Died) -> None:
         was_dying = not self.holdings.is_alive(event.worker)
-        _, _, lost = self.holdings.bury(event)  # what is parked waits for the move
-        self._move.note_lost(lost)
+        self._move.note_burial(self.holdings.bury(event))  # what is parked waits for the move
         if event.worker in self._move.replacements and not was_dying:
             self._refuse(event.how, StartupFailed.exit_code)
         else:
             self._check()
 
     def _died_in_move(self, event: Died) -> None:
-        _, parked, lost = self.holdings.bury(event)
-        self._move.note_lost(lost)
+        burial = self.holdings.bury(event)
+        self._move.note_burial(burial)
         if event.worker in self._move.replacements:
             self._roll_back(f"{event.how}, while {self.phase.value}")
         else:
-            self._move.place(parked)
+            self._move.place(burial.parked)
             self._check()
 
     def _died_in_roll_back(self, event: Died) -> None:
-        _, parked, lost = self.holdings.bury(event)
-        self._move.note_lost(lost)
+        burial = self.holdings.bury(event)
+        self._move.note_burial(burial)
         if self._move.living_incumbents():
-            self._move.place(parked)
+            self._move.place(burial.parked)
         self._check_back()
 
     def _died_while_stopping(self, event: Died) -> None:
         """Nobody takes over any more what it had."""
-        _, parked, _ = self.holdings.bury(event)
-        for entry in parked:
+        for entry in self.holdings.bury(event).parked:
             self.holdings.lose(entry.cookie)
         self._check_stopped()
 

@@ -8,12 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import fcntl
 import functools
 import os
 import socket
 import struct
+from typing import TYPE_CHECKING
+
+from copyover import slots
+
+if TYPE_CHECKING:
+    from copyover.slots import Counters
 
 _SO_COOKIE = 57  # asm-generic/socket.h; socket(7) does not have it yet
+_TCP_INFO = struct.Struct("=B119xQQ")  # state, bytes_acked, bytes_received; linux/tcp.h
+_SIOCINQ, _SIOCOUTQ = 0x541B, 0x5411  # tcp(7), Ioctls
+_READINGS = 1000  # a client that sends all the time changes the counts between two of them
 _AF_UNSPEC_ADDRESS = struct.pack("=H14x", socket.AF_UNSPEC)
 
 
@@ -37,6 +48,48 @@ def cookie_of_descriptor(descriptor: int) -> int:
         return cookie_of(borrowed)
     finally:
         borrowed.detach()
+
+
+def counters_of(descriptor: int) -> Counters | None:
+    """
+    Return what applications have read from and written to a borrowed descriptor, by the kernel's account.
+
+    None is a unix socket: nobody counts its bytes. Peers may send and acknowledge meanwhile, so a reading counts if
+    what arrived and what was acknowledged is the same before and after the queues were looked at. SO_OOBINLINE has to
+    be set: an urgent byte would stop SIOCINQ at its mark.
+
+    Raises:
+        OSError: it is no TCP socket, or it never stood still.
+
+    """
+    borrowed = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fileno=descriptor)
+    try:
+        if borrowed.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN) == socket.AF_UNIX:
+            return None
+        if borrowed.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL) != socket.IPPROTO_TCP:
+            raise OSError(errno.EPROTONOSUPPORT, "it is no TCP socket")  # the counts of MPTCP are one subflow's
+        before = _tcp_info(borrowed)
+        for _ in range(_READINGS):
+            unread, unacked = _queued(descriptor, _SIOCINQ), _queued(descriptor, _SIOCOUTQ)
+            after = _tcp_info(borrowed)
+            if after == before:
+                state, acked, arrived = after
+                return slots.count(state, acked=acked, arrived=arrived, unread=unread, unacked=unacked)
+            before = after
+    finally:
+        borrowed.detach()
+    raise OSError(errno.EAGAIN, "its counts never stood still")
+
+
+def _tcp_info(sock: socket.socket) -> tuple[int, int, int]:
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+    state, acked, arrived = _TCP_INFO.unpack(info)
+    return state, acked, arrived
+
+
+def _queued(descriptor: int, request: int) -> int:
+    value: int = struct.unpack("i", fcntl.ioctl(descriptor, request, b"\0\0\0\0"))[0]
+    return value
 
 
 @functools.cache

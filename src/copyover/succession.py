@@ -85,6 +85,8 @@ class Hand:
     pid: int
     pidfd: int
     channel: int
+    slots: int
+    slots_path: str
     wire: int  # the version that its channel speaks
     started_s: float
     hello: Hello | None
@@ -161,7 +163,7 @@ class Estate:
         yield from (caller.descriptor for caller in self.desk.callers)
         yield from (listener.descriptor for listener in self.listeners)
         for hand in self.hands:
-            yield from (hand.pidfd, hand.channel)
+            yield from (hand.pidfd, hand.channel, hand.slots)
             if hand.tail is not None:
                 yield hand.tail.descriptor
         yield from _unpack(self.held, "descriptor")

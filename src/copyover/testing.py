@@ -137,12 +137,27 @@ class Server:
         self._is_told = threading.Event()  # it is ready, or has ended
         self._settings: dict[str, Any] = {}
         self.configure(**settings)
-        self._process = self._start()
-        self._reader = threading.Thread(target=self._read_output, name=f"copyover-{name}", daemon=True)
-        self._reader.start()
-        self.addresses = self._wait_ready()
+        self.addresses: list[tuple[str, int] | str] = []
+        self.run()
 
     # ---- starting
+
+    def run(self) -> None:
+        """
+        Start a holder. After ``kill`` it takes over from the one that was killed.
+
+        Raises:
+            RuntimeError: it did not become ready; with its log.
+
+        """
+        self.output = ""
+        self._is_told.clear()
+        self._process = self._start()
+        self._reader = threading.Thread(
+            target=self._read_output, args=(self._process,), name=f"copyover-{self.name}", daemon=True
+        )
+        self._reader.start()
+        self.addresses = self._wait_ready()
 
     def configure(self, **settings: Any) -> None:
         """Change keys of copyover.toml; the next reload reads them. None removes a key."""
@@ -163,16 +178,17 @@ class Server:
     def _command(self, *arguments: str) -> list[str]:
         return [sys.executable, "-P", "-m", "copyover.cli", *arguments]
 
-    def _read_output(self) -> None:
+    def _read_output(self, process: subprocess.Popen[bytes]) -> None:
         """Empty the pipe for as long as anybody may write to it, so that no print blocks."""
-        if self._process.stdout is None:
+        if process.stdout is None:
             raise AssertionError("it is a pipe")
-        with self._process.stdout as lines:
+        with process.stdout as lines:
             for line in lines:
                 self.output += line.decode(errors="replace")
                 if line.startswith(b"ready name="):
                     self._is_told.set()
-        self._is_told.set()
+        if process is self._process:  # workers of one that was killed write on
+            self._is_told.set()
 
     def _wait_ready(self) -> list[tuple[str, int] | str]:
         in_time = self._is_told.wait(START_S)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from copyover import config as configs
 from copyover import directory as directories
 from copyover import events, listeners, process, users
-from copyover.errors import ConfigError, CopyoverError, UsageError
-from copyover.holder import control, upgrade
+from copyover.errors import ConfigError, CopyoverError, HolderExists, UsageError
+from copyover.holder import control, takeover, upgrade
 from copyover.holder.daemon import Daemon, capacity_for
 from copyover.holder.requests import Requests
 from copyover.reload import Machine
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from copyover.config import Config
+    from copyover.directory import Directory
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -68,15 +69,18 @@ def _boot(told: dict[str, Any]) -> tuple[Daemon, Callable[[], None]]:
     user = users.find(config.user, config.group)
     group = None if config.control_group is None else users.group_id(config.control_group, key="control_group")
     directories.prepare(directory, is_shared=user is not None or group is not None)
-    lock = directories.take_lock(directory, config.name)
+    lock = _take_lock(directory, config.name)
     machine = Machine(capacity_for(process.raise_descriptor_limit()))
-    bound = _listen(config)
+    left = takeover.gather(directory, config, user)
+    bound = _listen(config) if left is None else left.listeners
     try:
         sock = control.listen(directory, group)
     except CopyoverError:
         listeners.close_all(bound)
         raise
-    instance = uuid.uuid4().hex
+    if left is None:
+        directories.draw_key(directory)
+    instance = uuid.uuid4().hex if left is None else left.instance
     daemon = Daemon(
         told,
         config,
@@ -88,7 +92,19 @@ def _boot(told: dict[str, Any]) -> tuple[Daemon, Callable[[], None]]:
         instance=instance,
         user=user,
     )
-    return daemon, lambda: daemon.ask_reload(events.BY_BOOT)
+    if left is None:
+        return daemon, lambda: daemon.ask_reload(events.BY_BOOT)
+    return daemon, lambda: daemon.take_over(left.hands, left.releases, left.reports)
+
+
+def _take_lock(directory: Directory, name: str) -> int:
+    """Take the name; a holder of it that lives and answers nothing is ended first."""
+    try:
+        return directories.take_lock(directory, name)
+    except HolderExists as exists:
+        if exists.pid is None or not takeover.end_stalled(directory, exists.pid):
+            raise
+    return directories.take_lock(directory, name)
 
 
 def _listen(config: Config) -> list[listeners.Listener]:

@@ -7,28 +7,34 @@ What their messages mean is decided in reload.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import selectors
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from copyover import events, messages, process, succession
+from copyover import events, messages, process, slots, succession
 from copyover.channel import RETRY_S, Backlog
 from copyover.errors import ChangeRefused, ChannelClosed, CopyoverError, WireError
 from copyover.holder.hand import Hand, check_lend
+from copyover.holder.recovery import Orphan, SlotFile, is_current, recover
+from copyover.ledger import Standing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
+    from pathlib import Path
 
     from copyover.channel import Packet
     from copyover.config import Config
     from copyover.holder.loop import Loop
     from copyover.listeners import Listener
     from copyover.release import Release
+    from copyover.reload import Machine
     from copyover.users import User
 
 PACKETS_A_TURN = 64
+REASONS_TOLD = 10
 REAP_S = 10.0
 UNREAPABLE_ADVICE = (
     "it was killed and does not end; its connections wait until it does: see its state and wchan in /proc, and which "
@@ -62,23 +68,26 @@ class Crew:
     def __init__(
         self,
         loop: Loop,
+        machine: Machine,
         listeners: Sequence[Listener],
+        directory: Path,
+        *,
         environment: dict[str, str],
         user: User | None,
-        *,
         tell: Callable[[events.Event], None],
         settle: Callable[[], None],
         note: Callable[[str, Mapping[str, Any], int], None],
     ) -> None:
         self._loop = loop
         self._listeners = listeners
+        self._directory = directory
         self._environment = environment
         self._user = user
+        self._machine = machine
         self._tell = tell
         self._settle = settle
         self._note = note
         self.hands: dict[int, Hand] = {}
-        self._favoured = 0  # the generation that the OOM killer is to spare
         self.generations: dict[int, Generation] = {}
         self.protocol_errors = 0
         self._is_oom_refused = False
@@ -91,17 +100,24 @@ class Crew:
     def _start(self, worker: int, generation: int) -> None:
         try:
             release = self.generations[generation].release
-            hand = Hand.start(worker, generation, release, self._environment, self._user)
+            slot_file = self._make_slots(worker, generation)
+            hand = Hand.start(worker, generation, release, self._environment, slots=slot_file, user=self._user)
         except (CopyoverError, OSError) as problem:
             self._note("not-started", {"worker": worker, "problem": str(problem)}, logging.ERROR)
             self._tell(events.Died(worker, str(problem)))
             return
-        if generation != self._favoured:
+        if generation != self._machine.holdings.generation:
             self._set_oom_score(hand, process.EXPENDABLE)
-        self._attend(hand)
+        self.attend(hand)
         self._note("started", {"worker": worker, "pid": hand.pid, "generation": generation}, logging.INFO)
 
-    def _attend(self, hand: Hand) -> None:
+    def _make_slots(self, worker: int, generation: int) -> SlotFile:
+        size = self.generations[generation].config.slot_bytes
+        header = slots.shape(size, process.descriptor_limit(), worker=worker, generation=generation)
+        return SlotFile.make(self._directory, self._environment["COPYOVER_INSTANCE"], header)
+
+    def attend(self, hand: Hand) -> None:
+        """Watch a worker that lives."""
         self.hands[hand.worker] = hand
         self._loop.watch(hand.child, lambda: self._bury(hand))
         self._loop.watch(hand.channel, lambda: self._receive(hand))
@@ -124,7 +140,6 @@ class Crew:
 
     def favour(self, generation: int) -> None:
         """It serves from now on: its workers are no more expendable than the holder."""
-        self._favoured = generation
         for hand in self.hands.values():
             if hand.generation == generation:
                 self._set_oom_score(hand, 0)
@@ -147,11 +162,10 @@ class Crew:
     def inherit(self, estate: succession.Estate) -> None:
         """Take the generations and processes of a predecessor over."""
         self.protocol_errors = estate.protocol_errors
-        self._favoured = estate.held.generation
         self.generations = {number: Generation.inherit(left) for number, left in estate.generations}
         said = {worker.id: worker.abilities for worker in estate.held.workers}
         for hand in estate.hands:
-            self._attend(Hand.inherit(hand, self.generations[hand.generation].release, said[hand.worker]))
+            self.attend(Hand.inherit(hand, self.generations[hand.generation].release, said[hand.worker]))
 
     def find_backlog(self) -> int | None:
         """Return a worker that has not taken all that was sent to it, if there is one."""
@@ -231,6 +245,7 @@ class Crew:
             self._loop.unwatch(hand.child)
             hand.child.kill()
             hand.child.reap()
+            hand.close()
         self.hands.clear()
 
     def _bury(self, hand: Hand) -> None:
@@ -248,12 +263,34 @@ class Crew:
         words = hand.in_words(how)
         if hand.tail is not None:
             self._loop.unwatch(hand.tail)
+        recovered, ended = self._recover(hand)
         del self.hands[hand.worker]
         self._stop_hearing(hand)  # only now: what it had sent may have been answered
         hand.close()
-        self._tell(events.Died(hand.worker, words))
+        self._tell(events.Died(hand.worker, words, recovered, ended))
         self._settle()
         process.reap_orphans()
+
+    def _recover(self, hand: Hand) -> tuple[dict[int, messages.Record | None], frozenset[int]]:
+        """Say what its slots and the kernel tell of what it had; of the first few that are reset, why."""
+        entries = [e for e in self._machine.ledger.of(hand.worker) if e.standing is not Standing.PARKED]
+        orphans = [Orphan(e.cookie, e.epoch, e.descriptor, self._policy(e.listener)) for e in entries]
+        found = recover(hand.slots.fileno(), orphans)
+        recovered: dict[int, messages.Record | None] = dict(found.records)
+        reset: dict[int, str] = {}
+        for entry in entries:
+            record = None if entry.passage is None or not entry.passage.is_given else entry.passage.record
+            if entry.cookie in found.reset and not (record and is_current(entry.descriptor, record)):
+                recovered[entry.cookie] = None
+                reset[entry.cookie] = found.reset[entry.cookie]
+        for cookie, reason in itertools.islice((reset | found.interrupted).items(), REASONS_TOLD):
+            self._note("not-exact", {"connection": cookie, "reason": reason}, logging.INFO)
+        return recovered, found.ended
+
+    def _policy(self, listener: int) -> str:
+        generation = self.generations.get(self._machine.holdings.generation)
+        default = generation.config.on_crash if generation else "reset"
+        return self._listeners[listener].on_crash or default
 
     # ---- what they wrote
 

@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from copyover.config import Config
+    from copyover.holder.hand import Hand
     from copyover.listeners import Listener
+    from copyover.release import Release
     from copyover.reload import Machine
     from copyover.users import User
 
@@ -85,12 +87,15 @@ class Daemon:
         self.chronicle = Chronicle()
         self.loop = Loop(self.settle)
         self._events: collections.deque[events.Event] = collections.deque()
-        self._environment = environment(instance)
+        self._directory = directories.of(config.name)
+        self._environment = environment(self._directory, instance)
         self.crew = Crew(
             self.loop,
+            machine,
             listeners,
-            self._environment,
-            user,
+            self._directory.path,
+            environment=self._environment,
+            user=user,
             tell=self._events.append,
             settle=self.settle,
             note=self.chronicle.note,
@@ -98,7 +103,6 @@ class Daemon:
         self._health = Health(self.loop, self._events.append)
         self.newest = 0  # of the generations that were ever begun
         self.previous: Generation | None = None  # what served before, for a roll-back by hand
-        self._directory = directories.of(config.name)
         self.desk = control.Desk(self._directory, control_socket, self.loop.watch, self.loop.unwatch, control_group)
         self.waiting: set[int] = set()  # the callers that follow a change
         self.followers: set[int] = set()  # those that follow the chronicle
@@ -243,24 +247,39 @@ class Daemon:
                 return
             self.newest = generation
             self.crew.generations[generation] = Generation(release, config)
-        self._events.append(
-            events.Reload(
-                asker=asker,
-                generation=generation,
-                workers=config.workers,
-                move=config.move,
-                timeout_s=config.timeout_s,
-                gather_s=config.gather_s,
-                boundary_s=config.boundary_s,
-                drain_s=config.drain_timeout_s,
-                max_retiring=config.max_retiring,
-                bake_s=config.bake_s,
-                needs_health=config.health is not None,
-                is_one_way=is_one_way,
-                quotas=events.Quotas(config.worker_connections, config.worker_record_bytes),
-                is_remembered=asker == events.BY_SIGNAL,
-            )
+        self._events.append(self._reload_event(asker, generation, config, is_one_way=is_one_way))
+
+    @staticmethod
+    def _reload_event(asker: int, generation: int, config: Config, *, is_one_way: bool = False) -> events.Reload:
+        return events.Reload(
+            asker=asker,
+            generation=generation,
+            workers=config.workers,
+            move=config.move,
+            timeout_s=config.timeout_s,
+            gather_s=config.gather_s,
+            boundary_s=config.boundary_s,
+            drain_s=config.drain_timeout_s,
+            max_retiring=config.max_retiring,
+            bake_s=config.bake_s,
+            needs_health=config.health is not None,
+            is_one_way=is_one_way,
+            quotas=events.Quotas(config.worker_connections, config.worker_record_bytes),
+            is_remembered=asker == events.BY_SIGNAL,
         )
+
+    def take_over(
+        self, hands: Sequence[Hand], releases: Mapping[int, Release], reports: Sequence[events.Report]
+    ) -> None:
+        """Go on with the workers of a holder that died."""
+        for number, release in releases.items():
+            self.crew.generations[number] = Generation(release, attrs.evolve(self.config, app=release.application))
+        self.newest = max(releases)
+        for hand in hands:
+            self.crew.attend(hand)
+        asked = self._reload_event(events.BY_SIGNAL, self.newest, self.config)
+        self._events.append(events.Reunited(asked, reports))
+        self._say_ready()
 
     def cancel(self, reason: str) -> None:
         """Undo the change under way."""
@@ -321,13 +340,16 @@ class Daemon:
 
     def _booted(self, result: events.Result, answer: dict[str, Any]) -> None:
         if result.outcome is events.Outcome.DONE:
-            where = ",".join(listener.url for listener in self.listeners)
-            with contextlib.suppress(OSError):  # nobody may read it any more
-                print(f"ready name={self.config.name} pid={os.getpid()} listen={where}", flush=True)  # noqa: T201
-            notify("READY=1")
+            self._say_ready()
             return
         if self._is_asked_to_stop:
             return  # nothing failed: the machine stops next
         self._failure = answer["error"]
         self._exit_code = result.status or 3
         self.crew.end_all()
+
+    def _say_ready(self) -> None:
+        where = ",".join(listener.url for listener in self.listeners)
+        with contextlib.suppress(OSError):  # nobody may read it any more
+            print(f"ready name={self.config.name} pid={os.getpid()} listen={where}", flush=True)  # noqa: T201
+        notify("READY=1")

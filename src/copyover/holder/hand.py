@@ -15,16 +15,22 @@ import select
 import socket
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import copyover
-from copyover import channel, messages, process, succession, wire
+from copyover import directory as directories
+from copyover import messages, process, succession, wire
+from copyover.channel import Channel, pair
 from copyover.errors import ChangeRefused, ChannelClosed, WireError
+from copyover.holder.recovery import SlotFile
 from copyover.sockets import cookie_of_descriptor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from copyover.channel import Packet
+    from copyover.directory import Directory
     from copyover.listeners import Listener
     from copyover.release import Release
     from copyover.users import User
@@ -85,15 +91,18 @@ class Hand:
         release: Release,
         *,
         child: process.Child,
-        sock: socket.socket,
+        channel: Channel,
+        slots: SlotFile,
         tail: Tail | None,
         started_s: float,
     ) -> None:
+        """*slots* is this object's from here on, and removed with it."""
         self.worker = worker
         self.generation = generation
         self.release = release
         self.child = child
-        self.channel = channel.Channel(sock)
+        self.channel = channel
+        self.slots = slots
         self.tail = tail
         self.lines = tail.lines if tail is not None else collections.deque[str](maxlen=TAIL_LINES)
         self.started_s = started_s
@@ -103,7 +112,14 @@ class Hand:
 
     @classmethod
     def start(
-        cls, worker: int, generation: int, release: Release, environment: dict[str, str], user: User | None
+        cls,
+        worker: int,
+        generation: int,
+        release: Release,
+        environment: dict[str, str],
+        *,
+        slots: SlotFile,
+        user: User | None,
     ) -> Hand:
         """
         Start the process, as *user* if one is given.
@@ -113,7 +129,7 @@ class Hand:
             PermissionRefused: this user may not.
 
         """
-        ours, theirs = channel.pair()
+        ours, theirs = pair()
         read_end, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         os.set_blocking(write_end, True)
         real_stderr = os.dup(2)
@@ -121,25 +137,36 @@ class Hand:
             "COPYOVER_CHANNEL": str(theirs.fileno()),
             "COPYOVER_STDERR": str(real_stderr),
             "COPYOVER_WORKER": str(worker),
+            "COPYOVER_SLOTS": str(slots.fileno()),
         }
         try:
             child = process.spawn(
                 release.command,
                 cwd=release.directory,
                 env=environment | own | ({} if user is None else user.environment),
-                inherit=(theirs.fileno(), real_stderr),
+                inherit=(theirs.fileno(), real_stderr, slots.fileno()),
                 stderr=write_end,
                 user=user,
             )
         except BaseException:
             ours.close()
             os.close(read_end)
+            slots.remove()
             raise
         finally:
             theirs.close()
             os.close(real_stderr)
             os.close(write_end)
-        return cls(worker, generation, release, child=child, sock=ours, tail=Tail(read_end), started_s=time.monotonic())
+        return cls(
+            worker,
+            generation,
+            release,
+            child=child,
+            channel=Channel(ours),
+            slots=slots,
+            tail=Tail(read_end),
+            started_s=time.monotonic(),
+        )
 
     # ---- succession
 
@@ -151,6 +178,8 @@ class Hand:
             pid=self.pid,
             pidfd=self.child.fileno(),
             channel=self.channel.fileno(),
+            slots=self.slots.fileno(),
+            slots_path=str(self.slots.path),
             wire=self.channel.version,
             started_s=self.started_s,
             hello=self.hello,
@@ -166,7 +195,8 @@ class Hand:
             left.generation,
             release,
             child=process.Child(left.pid, left.pidfd),
-            sock=socket.socket(fileno=left.channel),
+            channel=Channel(socket.socket(fileno=left.channel)),
+            slots=SlotFile(Path(left.slots_path), left.slots),
             tail=None if left.tail is None else Tail(left.tail.descriptor, left.tail.partial),
             started_s=left.started_s,
         )
@@ -229,7 +259,7 @@ class Hand:
             return f"{who} {how} before it was ready"
         return f"{who} {how}"
 
-    def remaining(self) -> list[channel.Packet]:
+    def remaining(self) -> list[Packet]:
         """Read the channel of a dead worker to its end: what it had sent still counts."""
         packets = []
         while True:
@@ -244,6 +274,7 @@ class Hand:
     def close(self) -> None:
         self.channel.close()
         self.drop_tail()
+        self.slots.remove()
 
     def drop_tail(self) -> None:
         if self.tail is not None:
@@ -261,7 +292,18 @@ def check_lend(message: messages.Lend, descriptors: Sequence[int], *, listeners:
     """
     if any(place >= listeners for place in message.listener):
         raise WireError(f"a lent connection is of listener {max(message.listener)}, there are {listeners}")
-    for cookie, descriptor in zip(message.cookie, descriptors, strict=True):
+    check_cookies(message.cookie, descriptors)
+
+
+def check_cookies(cookies: Sequence[int], descriptors: Sequence[int]) -> None:
+    """
+    See that each descriptor is the connection that it is said to be.
+
+    Raises:
+        WireError: it is another, or no socket at all.
+
+    """
+    for cookie, descriptor in zip(cookies, descriptors, strict=True):
         try:
             found = cookie_of_descriptor(descriptor)
         except OSError as problem:
@@ -270,10 +312,15 @@ def check_lend(message: messages.Lend, descriptors: Sequence[int], *, listeners:
             raise WireError(f"a lent descriptor is connection {found}, not {cookie}")
 
 
-def environment(instance: str) -> dict[str, str]:
+def environment(directory: Directory, instance: str) -> dict[str, str]:
     """Return the environment of workers: ours, without what the service manager meant for us alone."""
+    own = {
+        "COPYOVER_INSTANCE": instance,
+        "COPYOVER_WORKERS": str(directory.workers),
+        "COPYOVER_KEY": directories.read_key(directory),
+    }
     private = {"LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"}
-    return {name: value for name, value in os.environ.items() if name not in private} | {"COPYOVER_INSTANCE": instance}
+    return {name: value for name, value in os.environ.items() if name not in private} | own
 
 
 def notify(state: str) -> None:

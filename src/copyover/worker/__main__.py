@@ -25,8 +25,9 @@ from copyover.channel import Channel
 from copyover.errors import CopyoverError, StartupFailed, WireError
 from copyover.worker.application import load
 from copyover.worker.connection import Limits
-from copyover.worker.runtime import Runtime, leave
+from copyover.worker.runtime import Equipment, Runtime, leave
 from copyover.worker.seeking import Identity
+from copyover.worker.slot import Slots, register
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,6 +41,7 @@ def main() -> None:
     try:
         channel = Channel(_inherited_socket("COPYOVER_CHANNEL"))
         stderr = _inherited("COPYOVER_STDERR")
+        slots = _inherited("COPYOVER_SLOTS") if "COPYOVER_SLOTS" in os.environ else None
         worker, instance = int(os.environ["COPYOVER_WORKER"]), os.environ["COPYOVER_INSTANCE"]
         home = os.environ.pop("COPYOVER_WORKERS"), os.environ.pop("COPYOVER_KEY")  # not for what the application starts
     except (KeyError, ValueError, OSError):
@@ -48,6 +50,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s %(levelname)s %(name)s worker={worker} %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the holder's business
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if slots is not None:
+        register(slots)
     hello = _hello(worker, instance)
     channel.send(hello)
     try:
@@ -73,7 +77,8 @@ def main() -> None:
             shares=application.export_shared is not None,
         )
         identity = _identity(hello, welcome, ready, directory, home)
-        runner.run(_serve(channel, application, listeners, _limits(welcome.options), ready, identity, stderr))
+        equipment = Equipment(_limits(welcome.options), identity, _slots(slots, application))
+        runner.run(_serve(channel, application, listeners, ready, equipment, stderr))
         leave(0)
 
 
@@ -81,9 +86,8 @@ async def _serve(  # noqa: PLR0917  # each is used once, here
     channel: Channel,
     application: Application[Any],
     listeners: list[tuple[str, socket.socket]],
-    limits: Limits,
     ready: messages.Ready,
-    identity: Identity,
+    equipment: Equipment,
     stderr: int,
 ) -> None:
     if application.startup is not None:
@@ -91,7 +95,7 @@ async def _serve(  # noqa: PLR0917  # each is used once, here
             await application.startup()
         except Exception as problem:  # noqa: BLE001  # whatever startup raises refuses the reload
             _fail(channel, StartupFailed(f"startup raised {type(problem).__name__}: {problem}"), problem)
-    runtime = Runtime(asyncio.get_running_loop(), channel, application, listeners, limits, identity)
+    runtime = Runtime(asyncio.get_running_loop(), channel, application, listeners, equipment)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, runtime.terminate)
     runtime.send(ready)
     # Until here stderr is a pipe, so that the holder can quote it; a pipe would break when the holder dies.
@@ -174,6 +178,18 @@ def _loop_factory(name: str) -> tuple[Callable[[], asyncio.AbstractEventLoop], s
 def _limits(options: dict[str, Any]) -> Limits:
     known = {field.name for field in attrs.fields(Limits)}
     return Limits(**{name: value for name, value in options.items() if name in known})
+
+
+def _slots(descriptor: int | None, application: Application[Any]) -> Slots | None:
+    if descriptor is None:
+        return None
+    try:
+        return Slots(
+            descriptor, application.encode_state, is_json=application.encode is None, schema=application.schema
+        )
+    except (OSError, WireError) as problem:
+        log.warning("event=slots problem=%r", f"connections are not saved: {problem}")
+        return None
 
 
 def _fail(channel: Channel, problem: CopyoverError, cause: BaseException | None = None) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Hook = Callable[[], Awaitable[None]]
 _JSON, _BYTES = b"j", b"b"  # how a shared state is written, its first byte
+_ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
 _JSON_LEAVES = frozenset({str, int, float, bool, type(None)})
 
 
@@ -133,7 +134,7 @@ def json_bytes(value: object, name: str) -> bytes:
     wrong = _not_json(value, name)
     if wrong is not None:
         raise CannotFreeze(wrong)
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass")
+    return _ENCODER.encode(value).encode("utf-8", "surrogatepass")
 
 
 def _not_json(value: object, path: str) -> str | None:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import asyncio
 import enum
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from copyover.messages import RecordFlag
 from copyover.worker.transport import Phase
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from copyover.worker.slot import Slot
     from copyover.worker.transport import Transport
 
 
@@ -36,6 +38,7 @@ class Standing:
 
     __slots__ = (
         "_busy",
+        "_carried",
         "_course",
         "_drainers",
         "_gate",
@@ -50,7 +53,11 @@ class Standing:
         "halted_ns",
         "is_left",
         "on_boundary",
+        "slot",
     )
+
+    if TYPE_CHECKING:
+        state: Any  # the connection's own
 
     def __init__(self, loop: asyncio.AbstractEventLoop, transport: Transport) -> None:
         self._loop = loop
@@ -59,6 +66,8 @@ class Standing:
         self.is_left = False  # its handler has returned
         # Called once, at the first boundary after the handler was entered.
         self.on_boundary: Callable[[], None] | None = None
+        self.slot: Slot | None = None
+        self._carried = 0  # the flags that it was restored with, until its first boundary
         self._course = Course.RUNNING
         self._on_halt: Callable[[], None] | None = None
         self._gate: asyncio.Event | None = None
@@ -128,11 +137,24 @@ class Standing:
         self.is_left = True
         if self.on_boundary is not None:
             self._arrive()
+        self._save()
         self._transport.finish()
         if self._course is Course.ASKED and self._transport.phase is not Phase.CLOSED:
             self._halt_now()
             if self._on_halt is not None:
                 self._on_halt()
+
+    def move_slot(self, epoch: int) -> None:
+        """Go on at a later epoch, from where it was frozen."""
+        if self.slot is not None:
+            self.slot.move_to(epoch)
+            self._save()
+
+    def leave_slot(self) -> None:
+        """It is this worker's no more."""
+        if self.slot is not None:
+            self.slot.free()
+            self.slot = None
 
     def stop(self) -> None:
         """End at the next boundary, as if the client had."""
@@ -148,9 +170,31 @@ class Standing:
     def _arrive(self) -> None:
         """A boundary: everything before it is complete."""
         self._busy = None
+        self._carried = 0
+        if self.slot is not None and not self._pins and self._transport.phase is Phase.OPEN:
+            self.slot.save(self._transport, self.state)
         if self.on_boundary is not None:
             arrived, self.on_boundary = self.on_boundary, None
             arrived()
+
+    @property
+    def _flags(self) -> int:
+        """What a record of it says."""
+        flags = self._carried
+        if self.is_left or self._transport.phase is not Phase.OPEN:  # closed by another task while it was at a boundary
+            flags |= RecordFlag.FINISHED
+        if self._transport.phase is Phase.LINGERING:
+            flags |= RecordFlag.WRITE_CLOSED
+        return int(flags)
+
+    @property
+    def _is_settled(self) -> bool:
+        """It stands at a boundary, and what comes and goes without its handler leaves it there."""
+        return self._course is Course.HALTED or self.is_at_boundary
+
+    def _save(self) -> None:
+        if self.slot is not None and self._transport.phase is not Phase.CLOSED:
+            self.slot.save(self._transport, self.state, self._flags)
 
     async def _halt_if_asked(self) -> None:
         if self._course is Course.ASKED and self._may_halt:
@@ -177,6 +221,8 @@ class Standing:
     async def _wait(self) -> None:
         """Sleep until something changed, and as long as the connection is halted."""
         self._is_waiting = True
+        if self.slot is not None and self.slot.is_behind(self._transport) and self.is_at_boundary:
+            self._save()
         self._waiter = self._loop.create_future()
         try:
             await self._waiter
@@ -205,7 +251,9 @@ class Standing:
         self._transport.pause()
 
     def _changed(self) -> None:
-        """The transport's news."""
+        """The transport's news; who waits at a boundary saves what came once it has seen that it makes no message."""
+        if self.is_left:
+            self._save()
         self._wake()
         if self._drainers:
             self._wake_drainers()

@@ -61,9 +61,13 @@ class Connection(Standing, Generic[S]):
 
     ``state`` travels; local variables do not: after a move the handler is entered again from its top, with ``resumed``
     true. A move raises nothing: the coroutine here stays suspended for good.
+
+    ``interrupted`` is true beside ``resumed`` when the worker that served it was killed in the middle of a message, and
+    the listener is one that resumes all the same: ``state`` is that of the last boundary, and what the client sent or
+    was sent since is lost. Nothing tells how much of it: the handler has to agree anew with the client.
     """
 
-    __slots__ = ("_forward", "_limits", "_peer", "cookie", "listener", "resumed", "state")
+    __slots__ = ("_forward", "_limits", "_peer", "cookie", "interrupted", "listener", "resumed", "state")
 
     def __init__(
         self,
@@ -81,6 +85,7 @@ class Connection(Standing, Generic[S]):
         self.cookie = cookie
         self.listener = listener
         self.resumed = False
+        self.interrupted = False
         self.state: S
         self._peer: object = None
 
@@ -212,7 +217,10 @@ class Connection(Standing, Generic[S]):
             return
         self._check_open()
         earlier = len(self._transport.output)
+        is_settled = self._busy is None and self._is_settled  # then another task writes
         self._transport.write(data)
+        if is_settled:
+            self._save()
         if earlier > WRITE_AHEAD_BYTES:
             await self._wait_until_sent(WRITE_AHEAD_BYTES + len(data), self._limits.record_bytes)
             self._check_open()
@@ -239,12 +247,17 @@ class Connection(Standing, Generic[S]):
 
     def deliver(self, act: int, data: bytes | bytearray | memoryview) -> None:
         """Do what somebody, perhaps in another worker, did to this connection; for the runtime."""
+        is_settled = self._is_settled
         if act != Act.SEND:
             end = self._transport.abort if act == Act.ABORT else self._transport.finish
             end()
+            if is_settled:
+                self._save()
             self._changed()
             return
         self._transport.write(data)
+        if is_settled:
+            self._save()
         if len(self._transport.output) > self._limits.unsent_bytes:
             self.abort()
 
@@ -364,11 +377,6 @@ class Connection(Standing, Generic[S]):
 
         """
         transport = self._transport
-        flags = RecordFlag(0)
-        if self.is_left or transport.phase is not Phase.OPEN:  # closed by another task while it was halted
-            flags |= RecordFlag.FINISHED
-        if transport.phase is Phase.LINGERING:
-            flags |= RecordFlag.WRITE_CLOSED
         unread = transport.unread
         size = len(unread) + len(transport.output) + len(state)
         if size > self._limits.record_bytes:
@@ -376,7 +384,7 @@ class Connection(Standing, Generic[S]):
         self._course = Course.FROZEN
         return Record(
             kind=0,
-            flags=int(flags),
+            flags=self._flags,
             schema=schema,
             received=transport.received,
             sent=transport.sent,
@@ -394,7 +402,9 @@ class Connection(Standing, Generic[S]):
             self.is_left = True
         self._transport.restore(record, phase)
         self.state = state
-        self.resumed = True
+        self._carried = record.flags & (RecordFlag.INTERRUPTED | RecordFlag.FRESH)
+        self.interrupted = bool(record.flags & RecordFlag.INTERRUPTED)
+        self.resumed = self.interrupted or not record.flags & RecordFlag.FRESH
 
 
 class _Messages(Generic[M]):

@@ -37,12 +37,22 @@ if TYPE_CHECKING:
 
     from copyover.channel import Channel, Packet
     from copyover.worker.application import Application
+    from copyover.worker.slot import Slots
 
 log = logging.getLogger("copyover.worker")
 
 PACKETS_A_TURN = 16
 EXIT_S = 5.0
 LAST_S = 1.0
+
+
+@attrs.frozen
+class Equipment:
+    """What a worker has beside its application. Without *slots* its connections do not outlive its SIGKILL."""
+
+    limits: Limits
+    identity: Identity
+    slots: Slots | None
 
 
 class Runtime:
@@ -54,18 +64,18 @@ class Runtime:
         channel: Channel,
         application: Application[Any],
         listeners: Sequence[tuple[str, socket.socket]],
-        limits: Limits,
-        identity: Identity,
+        equipment: Equipment,
     ) -> None:
         self._loop = loop
-        self._identity = identity
-        self._seeker = Seeker(loop, identity, self._attach)
+        self._slots = equipment.slots
+        self._identity = equipment.identity
+        self._seeker = Seeker(loop, equipment.identity, self._attach)
         self._channel: Channel | None = channel
         self._application = application
         self._names = [name for name, _ in listeners]
         self._listeners = [listener for _, listener in listeners]
         self._acceptor = Acceptor(loop, self._listeners, self._accepted)
-        self._limits = limits
+        self._limits = equipment.limits
         self._agent = Agent()
         self._connections: dict[int, Connection[Any]] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
@@ -263,8 +273,10 @@ class Runtime:
     def _accepted(self, place: int, socks: list[socket.socket]) -> None:
         """Lend them, before the first read of any."""
         self._flush_ended()
-        cookies = [self._build(sock, cookie_of(sock), self._names[place]).cookie for sock in socks]
-        self._perform(self._agent.accepted(cookies, place))
+        fresh = [self._build(sock, cookie_of(sock), self._names[place]) for sock in socks]
+        for connection in fresh:
+            self._take_slot(connection, 0, messages.Record(flags=messages.RecordFlag.FRESH))
+        self._perform(self._agent.accepted([connection.cookie for connection in fresh], place))
 
     def _build(self, sock: socket.socket, cookie: int, listener: str) -> Connection[Any]:
         transport = Transport(self._loop, sock)
@@ -274,6 +286,13 @@ class Runtime:
         transport.on_closed = lambda: self._closed(connection)
         self._connections[cookie] = connection
         return connection
+
+    def _take_slot(self, connection: Connection[Any], epoch: int, record: messages.Record) -> None:
+        if self._slots is None:
+            return
+        connection.slot = self._slots.take(connection.cookie, epoch, record)
+        if connection.slot is not None and connection.transport.socket.family == socket.AF_UNIX:
+            connection.transport.mark = connection.slot.touch
 
     def _start_fresh(self, cookies: Sequence[int]) -> None:
         for cookie in cookies:
@@ -330,6 +349,7 @@ class Runtime:
             how = messages.How.ABORTED
         elif transport.error is not None:
             how = messages.How.RESET
+        connection.leave_slot()
         self._connections.pop(connection.cookie, None)
         self._tasks.pop(connection.cookie, None)
         if not self._ended:
@@ -450,23 +470,32 @@ class Runtime:
     def _restore(self, cookies: tuple[int, ...], records: tuple[messages.Record, ...]) -> None:
         failures = {}
         for cookie, record in zip(cookies, records, strict=True):
-            if record.flags & messages.RecordFlag.UNSERVED:
-                continue  # nobody served it since: the very coroutine goes on
             connection = self._connections[cookie]
+            epoch = self._agent.seats[cookie].epoch
+            if record.flags & messages.RecordFlag.UNSERVED:
+                connection.move_slot(epoch)
+                continue  # nobody served it since: the very coroutine goes on
             if connection.course is not Course.RUNNING:
                 connection = self._rebuild(connection)
             try:
-                state = self._application.decode_state(record.state, record.schema)
+                state = self._state_of(record)
             except Exception as problem:  # noqa: BLE001  # whatever decode raises gives the connection back
                 failures[cookie] = f"its state cannot be read by the replacement: {_sentence(problem)}"
                 log.warning("connection=%d %s", cookie, failures[cookie])
             else:
                 connection.restore(record, state)
+                self._take_slot(connection, epoch, record)
         self._perform(self._agent.restored(failures))
+
+    def _state_of(self, record: messages.Record) -> Any:
+        if record.flags & (messages.RecordFlag.FRESH | messages.RecordFlag.FINISHED):
+            return self._application.state()  # it never had one, or nobody is going to look at it
+        return self._application.decode_state(record.state, record.schema)
 
     def _rebuild(self, stale: Connection[Any]) -> Connection[Any]:
         """Somebody else has served it meanwhile: the coroutine that waits here is of the past."""
         self._put_to_sleep(stale.cookie)
+        stale.leave_slot()
         return self._build(stale.transport.socket, stale.cookie, stale.listener)
 
     def _serve(self, cookies: tuple[int, ...], *, is_cut: bool) -> None:
@@ -489,6 +518,7 @@ class Runtime:
     def _discard(self, cookies: tuple[int, ...]) -> None:
         for cookie in cookies:
             connection = self._connections.pop(cookie)
+            connection.leave_slot()
             connection.transport.on_closed = _nothing
             connection.transport.close()
             self._put_to_sleep(cookie)

@@ -43,14 +43,15 @@ class Transport:
     __slots__ = (
         "_has_reader",
         "_has_writer",
-        "_held",
         "_high_water",
         "_is_running",
         "_linger",
         "_loop",
         "error",
+        "held",
         "input",
         "is_eof",
+        "mark",
         "on_change",
         "on_closed",
         "output",
@@ -65,7 +66,7 @@ class Transport:
         self._loop = loop
         self.socket = sock
         self.input = bytearray()
-        self._held = b""  # unread bytes of a record, until start
+        self.held = b""  # the unread bytes of a record, until start
         self.output = bytearray()
         self.received = 0
         self.sent = 0
@@ -75,6 +76,8 @@ class Transport:
         self.on_change: Callable[[], None] = _nothing
         self.on_closed: Callable[[], None] = _nothing
         self.was_aborted = False
+        # Called before the socket is used, where the kernel counts no bytes.
+        self.mark: Callable[[], None] | None = None
         self._is_running = False
         self._has_reader = False
         self._has_writer = False
@@ -88,21 +91,21 @@ class Transport:
 
     @property
     def unread(self) -> bytes:
-        return bytes(self.input) + self._held
+        return bytes(self.input) + self.held
 
     def restore(self, record: Record, phase: Phase) -> None:
         """Become what *record* says; its unread bytes are input once this is started, not before."""
         self.phase = phase
-        self._held = record.unread
+        self.held = record.unread
         self.output[:] = record.unsent
         self.received, self.sent = record.received, record.sent
 
     def start(self) -> None:
         """Begin, or go on, to read and to send."""
         self._is_running = True
-        if self._held:
-            self.input += self._held
-            self._held = b""
+        if self.held:
+            self.input += self.held
+            self.held = b""
             self.on_change()
         if self.phase is Phase.LINGERING:
             self._begin_linger()
@@ -139,6 +142,8 @@ class Transport:
         if self.output or not self._is_running:
             self.output += data
             return
+        if self.mark is not None:
+            self.mark()
         try:
             sent = self.socket.send(data)
         except (BlockingIOError, InterruptedError):
@@ -212,9 +217,13 @@ class Transport:
             self._has_writer = False
 
     def _readable(self) -> None:
+        if self.mark is not None:
+            self.mark()
         try:
             data = self.socket.recv(READ_BYTES)
         except (BlockingIOError, InterruptedError):
+            if self.mark is not None:
+                self.on_change()  # nothing came: whoever waits at a boundary takes the mark away
             return
         except OSError as problem:
             self._lose(problem)
@@ -233,6 +242,8 @@ class Transport:
         self.on_change()
 
     def _send(self) -> None:
+        if self.mark is not None:
+            self.mark()
         try:
             sent = self.socket.send(self.output)
         except (BlockingIOError, InterruptedError):
@@ -245,8 +256,7 @@ class Transport:
         self._watch_output()
         if not self.output and self.phase is Phase.FINISHING:
             self._shut_down()
-        else:
-            self.on_change()
+        self.on_change()
 
     def _shut_down(self) -> None:
         """Shutdown before close, so that the client sees FIN at once though the holder has a dup."""

@@ -1,0 +1,330 @@
+"""
+How a holder takes over from one that died: it hears all workers that live, and becomes theirs.
+
+What their reports mean together is decided in reunion. Nothing is bound that they have bound already.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import logging
+import os
+import select
+import signal
+import socket
+import struct
+import time
+from typing import TYPE_CHECKING
+
+import attrs
+
+from copyover import directory as directories
+from copyover import events, listeners, messages, process, wire
+from copyover.channel import Channel
+from copyover.errors import ChannelClosed, WireError
+from copyover.holder.hand import Hand, check_cookies
+from copyover.holder.recovery import SlotFile, is_current
+from copyover.release import Release
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from copyover.config import Config
+    from copyover.directory import Directory
+    from copyover.users import User
+
+log = logging.getLogger("copyover.holder")
+
+PATIENCE_S = 10.0  # for workers to report; who has not by then is killed
+REAP_S = 10.0
+
+
+@attrs.define(eq=False)
+class Arrival:
+    """One worker of the dead holder, as far as it has come."""
+
+    pid: int
+    pidfd: int
+    file: Path
+    channel: Channel | None = None
+    hello: messages.Hello | None = None
+    attach: messages.Attach | None = None
+    rows: list[events.Row] = attrs.field(factory=list)
+    tombstones: tuple[int, ...] = ()
+    listeners: dict[int, tuple[str, int]] = attrs.field(factory=dict)  # by id: name and descriptor
+    is_complete: bool = False
+    is_dead: bool = False
+
+    def fileno(self) -> int:
+        return self.pidfd
+
+
+class Gathering:
+    """Waits until every registered worker has reported, or is dead."""
+
+    def __init__(self, directory: Directory, workers: Mapping[Path, int], user: User | None) -> None:
+        self._directory = directory
+        self._key = directories.read_key(directory)
+        self._expected = {pid: Arrival(pid, os.pidfd_open(pid), path) for path, pid in workers.items()}
+        self._door = _open_door(directory, user)
+        self._strangers: dict[int, Channel] = {}
+        self._poll = select.poll()
+        self._poll.register(self._door, select.POLLIN)
+        for arrival in self._expected.values():
+            self._poll.register(arrival, select.POLLIN)
+
+    def wait(self) -> list[Arrival]:
+        """Return those that have reported; the others are dead, some of them by our hand."""
+        self._wait_until(time.monotonic() + PATIENCE_S)
+        for late in self._missing():
+            log.warning("event=stalled pid=%d problem=%r", late.pid, f"it did not report within {PATIENCE_S:g} s")
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(late.pidfd, signal.SIGKILL)
+        self._wait_until(time.monotonic() + REAP_S)
+        for stuck in self._missing():
+            log.error("event=unreapable pid=%d problem=%r", stuck.pid, "SIGKILL does not end it; its connections stay")
+        self._door.close()
+        self._directory.workers.unlink(missing_ok=True)
+        for stranger in self._strangers.values():
+            stranger.close()
+        return [arrival for arrival in self._expected.values() if arrival.is_complete]
+
+    def _missing(self) -> list[Arrival]:
+        return [arrival for arrival in self._expected.values() if not (arrival.is_complete or arrival.is_dead)]
+
+    def _wait_until(self, deadline_s: float) -> None:
+        while self._missing():
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                return
+            for descriptor, _ in self._poll.poll(left_s * 1000):
+                self._look_at(descriptor)
+
+    def _look_at(self, descriptor: int) -> None:
+        if descriptor == self._door.fileno():
+            self._let_in()
+            return
+        for arrival in self._expected.values():
+            if descriptor == arrival.pidfd and not arrival.is_complete:
+                arrival.is_dead = True
+                self._poll.unregister(descriptor)
+                return
+            if arrival.channel is not None and descriptor == arrival.channel.fileno():
+                self._hear(arrival, arrival.channel)
+                return
+
+    def _let_in(self) -> None:
+        """Only the workers that are registered here are let in, each once."""
+        sock, _ = self._door.accept()
+        pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        arrival = self._expected.get(pid)
+        if arrival is None or arrival.channel is not None or arrival.is_dead:
+            log.warning("event=refused pid=%d uid=%d problem=%r", pid, uid, "it is no worker that is waited for")
+            sock.close()
+            return
+        arrival.channel = Channel(sock)
+        self._poll.register(sock, select.POLLIN)
+
+    def _hear(self, arrival: Arrival, channel: Channel) -> None:
+        try:
+            while not arrival.is_complete:
+                with channel.receive() as packet:
+                    self._take(arrival, channel, packet.message, packet.take())
+        except BlockingIOError:
+            return
+        except WireError as problem:
+            if not isinstance(problem, ChannelClosed):
+                log.error("event=refused pid=%d problem=%r", arrival.pid, str(problem))  # noqa: TRY400  # a sentence
+            self._poll.unregister(channel)
+            _forget(arrival, channel)
+        else:
+            self._poll.unregister(channel)
+
+    def _take(self, arrival: Arrival, channel: Channel, message: messages.Message, descriptors: list[int]) -> None:
+        """
+        Take one message of a worker that comes.
+
+        Raises:
+            WireError: it is not the next of a report, or what came with it is not what it says.
+
+        """
+        if arrival.hello is None:
+            arrival.hello = messages.expect(message, messages.Hello)
+            version = wire.common_version(arrival.hello.wire)
+            if version is None or wire.common_version(arrival.hello.record, wire.RECORD_VERSIONS) is None:
+                raise WireError(f"copyover {arrival.hello.copyover} and this holder speak no common version")
+            channel.version = version
+            channel.send(messages.Recall(wire=version))
+        elif arrival.attach is None:
+            arrival.attach = messages.expect(message, messages.Attach)
+            arrival.listeners = dict(
+                zip(arrival.attach.listener, zip(arrival.attach.names, descriptors, strict=True), strict=True)
+            )
+            if not hmac.compare_digest(arrival.attach.key.encode(), self._key.encode()):
+                raise WireError("it does not know the key of this name")
+        elif isinstance(message, messages.View):
+            arrival.rows += _rows(message, descriptors)
+        else:
+            arrival.tombstones = messages.expect(message, messages.Viewed).cookie
+            arrival.is_complete = True
+
+
+def _open_door(directory: Directory, user: User | None) -> socket.socket:
+    directory.workers.unlink(missing_ok=True)
+    door = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    before = os.umask(0o177)
+    try:
+        door.bind(str(directory.workers))
+    finally:
+        os.umask(before)
+    if user is not None:
+        os.chown(directory.workers, user.uid, -1)
+    door.listen(64)
+    door.setblocking(False)
+    return door
+
+
+def _rows(view: messages.View, descriptors: list[int]) -> list[events.Row]:
+    check_cookies(view.cookie, descriptors)
+    columns = zip(view.cookie, view.epoch, view.listener, view.standing, view.records(), descriptors, strict=True)
+    return [
+        events.Row(cookie, epoch, listener, messages.Doing(doing), record, _is_current(doing, record, fd), fd)
+        for cookie, epoch, listener, doing, record, fd in columns
+    ]
+
+
+def _is_current(doing: int, record: messages.Record, descriptor: int) -> bool:
+    return doing == messages.Doing.SERVES or is_current(descriptor, record)
+
+
+def _forget(arrival: Arrival, channel: Channel) -> None:
+    """It may come again; what it has brought so far is of no use."""
+    channel.close()
+    for row in arrival.rows:
+        os.close(row.descriptor)
+    for _, descriptor in arrival.listeners.values():
+        os.close(descriptor)
+    arrival.channel = arrival.hello = arrival.attach = None
+    arrival.rows, arrival.listeners = [], {}
+
+
+# ---- what comes of it
+
+
+@attrs.frozen
+class Inheritance:
+    """What the workers of the dead holder brought: themselves, their reports, and the listeners."""
+
+    instance: str
+    hands: list[Hand]
+    releases: dict[int, Release]  # by generation
+    reports: list[events.Report]
+    listeners: list[listeners.Listener]
+
+
+def gather(directory: Directory, config: Config, user: User | None) -> Inheritance | None:
+    """
+    Hear the workers that the last holder of the name has left; None if none of them lives.
+
+    Their files tell who is to be waited for. The lock of the name must be held.
+    """
+    registered = directories.registered(directory)
+    living = {path: pid for path, pid in registered.items() if pid}
+    arrivals = Gathering(directory, living, user).wait() if living else []
+    for path in set(registered) - {arrival.file for arrival in arrivals}:
+        path.unlink(missing_ok=True)
+    if not arrivals:
+        return None
+    ports: dict[int, tuple[str, int]] = {}
+    hands, reports = [], []
+    releases: dict[int, Release] = {}
+    for arrival in arrivals:
+        hand, report = _made_of(arrival)
+        hands.append(hand)
+        reports.append(report)
+        releases[hand.generation] = hand.release
+        for number, (name, descriptor) in arrival.listeners.items():
+            if number in ports:
+                os.close(descriptor)
+            else:
+                ports[number] = (name, descriptor)
+    instance = hands[0].hello.instance if hands[0].hello else ""
+    return Inheritance(instance, hands, releases, reports, _listeners(ports, config))
+
+
+def _made_of(arrival: Arrival) -> tuple[Hand, events.Report]:
+    hello, attach, channel = arrival.hello, arrival.attach, arrival.channel
+    if hello is None or attach is None or channel is None:
+        raise AssertionError("an arrival is complete")
+    ready = messages.Ready(
+        application=attach.application, loop=attach.loop, writes=attach.writes, reads=attach.reads, shares=attach.shares
+    )
+    hand = Hand(
+        hello.worker,
+        attach.generation,
+        Release(attach.directory, attach.python, attach.application, attach.app_dir),
+        child=process.Child(arrival.pid, arrival.pidfd),
+        channel=channel,
+        slots=SlotFile(arrival.file, os.open(arrival.file, os.O_RDWR | os.O_CLOEXEC)),
+        tail=None,
+        started_s=time.monotonic(),
+    )
+    hand.hello, hand.ready = hello, ready
+    report = events.Report(
+        hello.worker,
+        attach.generation,
+        ready,
+        attach.is_committed,
+        attach.is_leaving,
+        arrival.rows,
+        arrival.tombstones,
+    )
+    return hand, report
+
+
+def _listeners(ports: Mapping[int, tuple[str, int]], config: Config) -> list[listeners.Listener]:
+    addresses = {address.name: address for address in config.addresses}
+    found = []
+    for number in sorted(ports):
+        name, descriptor = ports[number]
+        address = addresses.get(name)
+        path, on_crash = (address.path, address.on_crash) if address else (None, None)
+        found.append(listeners.Listener(name, socket.socket(fileno=descriptor), path, on_crash))
+    return found
+
+
+# ---- a holder that lives and does nothing
+
+
+def end_stalled(directory: Directory, pid: int) -> bool:
+    """
+    Kill the holder of the name if it answers nothing, and wait for its end; True if it is gone.
+
+    It is never bypassed: while it lives it may wake up, and both would serve.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asked:
+        asked.settimeout(PATIENCE_S)
+        try:
+            asked.connect(str(directory.control))
+            _, _, _ = credentials = struct.unpack("3i", asked.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            asked.sendall(b'{"do": "ping"}\n')
+            if credentials[0] != pid or asked.recv(1):
+                return False
+        except TimeoutError:
+            pass  # it is stalled
+        except OSError:
+            return False
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, pidfd)
+        log.warning("event=stalled pid=%d problem=%r", pid, f"the holder answered nothing for {PATIENCE_S:g} s; killed")
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        return bool(poll.poll(REAP_S * 1000))

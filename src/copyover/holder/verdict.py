@@ -1,0 +1,119 @@
+"""
+What a slot and the kernel prove together: how a connection goes on whose worker is dead.
+
+It believes the kernel; a slot says what to resume from, never that it may be resumed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import attrs
+
+from copyover.messages import Record, RecordFlag
+
+if TYPE_CHECKING:
+    from copyover.slots import Content, Counters
+
+
+@attrs.frozen
+class Verdict:
+    """
+    With a *record* it goes on from that; without one it is reset, or has ended already.
+
+    *reason*: why it does not go on exactly where it was, for operators; empty if it does.
+    """
+
+    record: Record | None = None
+    has_ended: bool = False
+    reason: str = ""
+
+    @property
+    def is_exact(self) -> bool:
+        return self.record is not None and not self.reason
+
+
+_ENDED = Verdict(has_ended=True, reason="the client had ended it, or it broke")
+
+
+def judge(content: Content | None, counters: Counters | None, *, epoch: int, resumes: bool, now_ns: int) -> Verdict:
+    """
+    Say how a connection of *epoch* goes on; *resumes* is the policy of its listener where it cannot be exact.
+
+    *counters* is None for a unix socket, of which the kernel counts no bytes.
+    """
+    if counters is not None and counters.is_closed:
+        return _ENDED
+    if content is None:
+        return Verdict(reason="it had no slot")
+    if content.epoch != epoch:
+        return Verdict(reason=f"its slot is of epoch {content.epoch}, the connection of {epoch}")
+    if counters is not None and counters.is_write_closed:
+        # Nothing can be written any more, so nothing is left to do but what its worker was doing.
+        flags = RecordFlag.FINISHED | RecordFlag.WRITE_CLOSED
+        return Verdict(Record(flags=flags, received=counters.read, sent=counters.written, halted_ns=now_ns))
+    reason = _why_not_exact(content, counters)
+    is_finished = RecordFlag.FINISHED in content.flags
+    # Nobody is left to tell the client of a finished one: a clean end of half an answer would be a lie.
+    if reason and (is_finished or not resumes or _is_false(content, counters)):
+        return Verdict(reason=reason)
+    if content.state is None and not is_finished:
+        return Verdict(reason="its state did not fit the slot")
+    if reason:
+        return Verdict(_interrupted(content, counters, now_ns), reason=reason)
+    return Verdict(
+        Record(
+            flags=int(content.flags),
+            schema=content.schema,
+            received=content.received if counters is None else counters.read,
+            sent=content.sent if counters is None else counters.written,
+            halted_ns=now_ns,
+            unread=content.unread or b"",
+            unsent=_rest_of_unsent(content, counters) or b"",
+            state=content.state or b"",
+        )
+    )
+
+
+def _interrupted(content: Content, counters: Counters | None, now_ns: int) -> Record:
+    """What was read ahead may be consumed since: only what was written whole before the boundary is still sent."""
+    return Record(
+        flags=int(content.flags | RecordFlag.INTERRUPTED),
+        schema=content.schema,
+        received=content.received if counters is None else counters.read,
+        sent=content.sent if counters is None else counters.written,
+        halted_ns=now_ns,
+        unsent=b"" if counters is None else _rest_of_unsent(content, counters) or b"",
+        state=content.state or b"",
+    )
+
+
+def _is_false(content: Content, counters: Counters | None) -> bool:
+    """It speaks of bytes that there never were."""
+    return counters is not None and (content.received > counters.read or content.sent > counters.written)
+
+
+def _why_not_exact(content: Content, counters: Counters | None) -> str:
+    is_finished = RecordFlag.FINISHED in content.flags
+    if _is_false(content, counters):
+        return "its slot speaks of bytes that there never were"
+    if counters is None:
+        if content.is_touched:
+            return "its socket was used since its last boundary"
+    elif counters.read != content.received and not is_finished:  # what comes then is discarded
+        return f"{counters.read - content.received} bytes were read since its last boundary"
+    elif counters.written > content.sent + content.unsent_bytes:
+        return f"{counters.written - content.sent} bytes were written since its last boundary"
+    if content.unread is None and not is_finished:
+        return "what it had read ahead did not fit the slot"
+    if _rest_of_unsent(content, counters) is None:
+        return "what it had not sent did not fit the slot"
+    return ""
+
+
+def _rest_of_unsent(content: Content, counters: Counters | None) -> bytes | None:
+    """Return what the kernel has not taken of what was unsent at the boundary; None if it is not known."""
+    taken = 0 if counters is None else counters.written - content.sent
+    if taken >= content.unsent_bytes:
+        return b""
+    return None if content.unsent is None else content.unsent[taken:]

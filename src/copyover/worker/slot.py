@@ -1,0 +1,191 @@
+"""
+Where this worker writes down how far its connections are, so that another can go on when it is killed.
+
+It writes when it is told to and decides what is left out; when a connection stands at a boundary is boundary's
+business, what the bytes mean is that of slots. Nothing here raises into a handler.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import mmap
+import os
+from typing import TYPE_CHECKING, Any
+
+from copyover import slots
+from copyover.errors import WireError
+from copyover.messages import Record, RecordFlag
+from copyover.worker.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from copyover.worker.transport import Transport
+
+log = logging.getLogger("copyover.worker")
+
+_ALLOCATED_BYTES = 64 << 10  # at a time
+_LONGEST_REST = 256
+_NOTHING = object()
+_FINISHED = int(RecordFlag.FINISHED)  # arithmetic on flags that are enums takes as long as a whole save
+_KEPT_FLAGS = int(slots.KEPT_FLAGS)
+
+
+def register(descriptor: int) -> None:
+    """
+    Say that this process is the worker of the file, by a lock that ends with it; forked children do not have it.
+
+    The file's descriptors stay open from here on: closing any of them would give up the lock. fcntl_locking(2)
+    """
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as problem:  # it is for a new holder's sake; we serve all the same
+        log.warning("event=slots problem=%r", f"the file of slots cannot be locked: {problem.strerror}")
+
+
+class Slots:
+    """
+    The file of slots of this worker.
+
+    Raises:
+        WireError: it is no file of ours, or of a version that this release does not write.
+
+    """
+
+    def __init__(self, descriptor: int, encode: Callable[[Any], bytes], *, is_json: bool, schema: int) -> None:
+        self._descriptor = descriptor
+        self._encode = encode
+        self._is_json = is_json
+        self.schema = schema
+        self._header = slots.read_header(os.pread(descriptor, slots.HEADER_BYTES, 0))
+        if os.fstat(descriptor).st_size < self._header.file_bytes:
+            raise WireError("the file of slots is shorter than its header says")
+        self._memory = memoryview(mmap.mmap(descriptor, self._header.file_bytes))
+        self._words = self._memory.cast("Q")
+        self._free: list[int] = []
+        self._used = 0
+        self._allocated = 0
+        self._complaints: set[str] = set()
+        self.unslotted = 0  # connections that are served without one
+
+    def take(self, cookie: int, epoch: int, record: Record) -> Slot | None:
+        """Return a slot that says *record* already; None if there is none left."""
+        place = self._find_free()
+        if place is None:
+            self.unslotted += bool(self._header.slots)
+            return None
+        slot = Slot(self, self._memory, self._words, place, self._header.slot_bytes)
+        slot.save_record(record, epoch)
+        slot.name(cookie)
+        return slot
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot(self._encode, is_json=self._is_json)
+
+    def _find_free(self) -> int | None:
+        if self._free:
+            return self._free.pop()
+        if self._used >= self._header.slots:
+            if self._header.slots:
+                self.complain(
+                    f"all {self._header.slots} slots are taken; further connections are reset if it is killed"
+                )
+            return None
+        end = slots.HEADER_BYTES + (self._used + 1) * self._header.slot_bytes
+        if end > self._allocated and not self._allocate(end):
+            return None
+        self._used += 1
+        return self._used - 1
+
+    def _allocate(self, end: int) -> bool:
+        """Have the memory before it is written: without it a full file system kills the process with SIGBUS. mmap(2)"""
+        upto = min(max(end, self._allocated + _ALLOCATED_BYTES), self._header.file_bytes)
+        try:
+            os.posix_fallocate(self._descriptor, self._allocated, upto - self._allocated)
+        except OSError as problem:
+            self.complain(f"the runtime directory has no room for slots ({problem.strerror}); mount it larger")
+            return False
+        self._allocated = upto
+        return True
+
+    def give_back(self, place: int) -> None:
+        self._free.append(place)
+
+    def complain(self, problem: str) -> None:
+        """Say it once: it may be so of every connection, at every boundary."""
+        if problem not in self._complaints and len(self._complaints) < _LONGEST_REST:
+            self._complaints.add(problem)
+            log.warning("event=slots problem=%r", problem)
+
+
+class Slot(slots.Pen):
+    """The slot of one connection; when it is saved is boundary's business."""
+
+    __slots__ = ("_counted", "_held", "_place", "_rest", "_slots", "_snapshot", "_waits", "epoch")
+
+    def __init__(self, file: Slots, memory: memoryview, words: memoryview, place: int, slot_bytes: int) -> None:
+        super().__init__(memory, words, place, slot_bytes)
+        self._slots = file
+        self._place = place
+        self._snapshot = file.snapshot()
+        self.epoch = 0
+        self._counted = (0, 0, 0)  # received, sent and unsent bytes, as they were saved
+        # The state that each half holds, if it holds nothing else but counts.
+        self._held: list[object] = [_NOTHING, _NOTHING]
+        self._rest = 0  # how many boundaries go by before its state is tried again
+        self._waits = 0
+
+    def save(self, transport: Transport, state: object, flags: int = 0) -> None:
+        """Say that the connection stands at a boundary with this."""
+        encoded = b"" if flags & _FINISHED else self._state_bytes(state)
+        received, sent, unsent = transport.received, transport.sent, transport.output
+        self._counted = (received, sent, len(unsent))
+        half = ~self.sequence & 1
+        if flags or unsent or transport.input or transport.held:
+            self._held[half] = _NOTHING
+        elif self._held[half] is encoded:
+            self.recount(received, sent)
+            return
+        else:
+            self._held[half] = encoded
+        self.publish(received, sent, self.epoch, flags, self._slots.schema, transport.unread, unsent, encoded)
+
+    def save_record(self, record: Record, epoch: int) -> None:
+        """Say what *record* says, at *epoch*."""
+        self.move_to(epoch)
+        self._counted = (record.received, record.sent, len(record.unsent))
+        flags = record.flags & _KEPT_FLAGS
+        blobs = record.unread, record.unsent, record.state
+        self.publish(record.received, record.sent, epoch, flags, record.schema, *blobs)
+
+    def is_behind(self, transport: Transport) -> bool:
+        """Whether bytes came or went since it was saved."""
+        return self._counted != (transport.received, transport.sent, len(transport.output)) or self.is_touched
+
+    def move_to(self, epoch: int) -> None:
+        """Be of *epoch* from the next save on."""
+        self.epoch = epoch
+        self._held = [_NOTHING, _NOTHING]
+
+    def free(self) -> None:
+        self.name(0)
+        self._slots.give_back(self._place)
+
+    def _state_bytes(self, state: object) -> bytes | None:
+        """Return the state, None if it does not fit; one that does not is left alone for more and more boundaries."""
+        if self._rest:
+            self._rest -= 1
+            return None
+        try:
+            encoded = self._snapshot.take(state)
+        except Exception as problem:  # noqa: BLE001  # whatever encode raises means that it cannot be saved
+            self._slots.complain(f"a state cannot be saved: {type(problem).__name__}: {problem}")
+        else:
+            if len(encoded) <= self.room_bytes:
+                self._waits = 0
+                return encoded
+            self._slots.complain(f"states of more than {self.room_bytes} bytes are not saved: raise slot_bytes")
+        self._waits = min(2 * self._waits + 1, _LONGEST_REST)
+        self._rest = self._waits
+        return None
