@@ -126,9 +126,9 @@ def test_accept_off_is_acknowledged_behind_all_lends() -> None:
     """Accepting ends first, then the ack is sent: no lend can follow it."""
     agent = Agent()
     assert agent.handle(messages.AcceptOn(moving=False)) == [effects.Accept(is_on=True)]
-    off = [effects.Accept(is_on=False), effects.Send(messages.AcceptOffAck())]
-    assert agent.handle(messages.AcceptOff(moving=False)) == off
-    assert agent.handle(messages.AcceptOff(moving=True)) == [effects.MoveBegins(), *off]
+    off = [effects.Accept(is_on=False), effects.Send(messages.AcceptOffAck(number=3))]
+    assert agent.handle(messages.AcceptOff(number=3, moving=False)) == off
+    assert agent.handle(messages.AcceptOff(number=3, moving=True)) == [effects.MoveBegins(), *off]
 
 
 def test_endings_are_told_with_their_epoch() -> None:
@@ -538,7 +538,9 @@ def test_stop_accepts_nothing_more() -> None:
     ]
 
 
-@pytest.mark.parametrize("message", [messages.AcceptOffAck(), messages.Staged(total=1), messages.Frozen(batch=0)])
+@pytest.mark.parametrize(
+    "message", [messages.AcceptOffAck(number=1), messages.Staged(total=1), messages.Frozen(batch=0)]
+)
 def test_a_worker_takes_no_worker_s_message(message: messages.Message) -> None:
     """What only workers say is refused by name."""
     with pytest.raises(IllegalEvent, match=f"a worker takes no {type(message).__name__}"):

@@ -167,7 +167,7 @@ def test_a_second_holder_of_a_name_is_refused_and_a_dead_ones_socket_replaced(co
 
 def test_no_holder_is_exit_6_and_status_says_who_serves(copyover_server: Servers, runtime: dict[str, str]) -> None:
     """Every question has its answer on stdout as JSON, and its truth in the exit code."""
-    for command in ("reload", "status", "connections", "stop"):
+    for command in ("reload", "status", "connections", "audit", "stop"):
         done = run(command, "nobody", env=runtime, check=6)
         assert "no holder named 'nobody' listens" in done.stderr
         assert done.stdout == ""
@@ -215,7 +215,7 @@ def test_reload_json_is_one_object(copyover_server: Servers) -> None:
     answer = server.reload().answer
     assert set(answer) == {
         *("schema", "outcome", "exit_code", "generation", "serving_generation", "connections", "kept"),
-        *("pause_ms", "phases_ms", "error", "stderr_tail"),
+        *("pause_ms", "phases_ms", "error", "stderr_tail", "audit"),
     }
     assert answer["generation"] == {"from": 1, "to": 2}
     assert answer["phases_ms"].keys() == {"booting", "staging", "moving"}

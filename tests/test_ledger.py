@@ -218,7 +218,7 @@ def test_a_dead_worker_has_no_copies() -> None:
     ledger.forget_copies(TWO)
     assert entry(ledger).moving.staged_in == 0
     ledger.frozen(TWO, C, ledger.freeze(C), RECORD)
-    assert entry(ledger).moving.origin == TWO
+    assert (entry(ledger).moving.origin, entry(ledger).moving.staged_in) == (0, TWO), "it never had a coroutine of it"
 
 
 def test_settle_forgets_the_move() -> None:

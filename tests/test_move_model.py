@@ -51,6 +51,7 @@ class Local:
     course: Course = Course.INERT
     is_at_boundary: bool = True
     output: list[int] = attrs.field(factory=list)  # pushed, unsent: it is halted or paused
+    has_coroutine: bool = False
 
 
 @attrs.define
@@ -201,7 +202,7 @@ class Process:
         failures = {}
         for cookie, record in zip(cookies, records, strict=True):
             if record.flags & messages.RecordFlag.UNSERVED:
-                assert self.locals[cookie].version >= 0, "told to go on with a coroutine that never was"
+                assert self.locals[cookie].has_coroutine, "told to go on with a coroutine that never was"
             elif (self.number, cookie) in self.world.cannot_restore:
                 failures[cookie] = "cannot read it"
             else:
@@ -220,7 +221,7 @@ class Process:
 
     def go_on(self, cookie: int) -> None:
         local = self.locals[cookie]
-        local.course = Course.RUNNING
+        local.course, local.has_coroutine = Course.RUNNING, True
         self.world.truths[cookie].received += local.output
         local.output.clear()
 
@@ -232,7 +233,7 @@ class Process:
     # ---- what happens to it
 
     def accept(self, cookie: int) -> None:
-        self.locals[cookie] = Local(0, Course.RUNNING)
+        self.locals[cookie] = Local(0, Course.RUNNING, has_coroutine=True)
         self.perform(self.agent.accepted([cookie], 0))
 
     def serve(self, cookie: int) -> None:

@@ -363,8 +363,8 @@ GOLDEN_1: list[tuple[messages.Message, str]] = [
         "636f01050200000000000000000000000700000000000000080000000000000000000000020000000003",
     ),
     (
-        messages.AcceptOffAck(),
-        "636f0106000000000000000000000000",
+        messages.AcceptOffAck(number=2),
+        "636f0106000000000c000000000000007b226e756d626572223a327d",
     ),
     (
         messages.Staged(total=300),
@@ -431,8 +431,8 @@ GOLDEN_1: list[tuple[messages.Message, str]] = [
         "636f01220000000010000000000000007b226d6f76696e67223a66616c73657d",
     ),
     (
-        messages.AcceptOff(moving=True),
-        "636f0123000000000f000000000000007b226d6f76696e67223a747275657d",
+        messages.AcceptOff(number=2, moving=True),
+        "636f0123000000001a000000000000007b226e756d626572223a322c226d6f76696e67223a747275657d",
     ),
     (
         messages.Stage(cookie=(7, 8), listener=(0, 1)),

@@ -19,6 +19,7 @@ from copyover import config as configs
 from copyover import console
 from copyover import directory as directories
 from copyover.errors import CopyoverError, UsageError
+from copyover.witness import FINDINGS_SHOWN, Witness
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -104,11 +105,12 @@ def _here() -> Path:
 @click.option("--bake", "bake_s", type=click.FloatRange(min=0), help="Keep the incumbent ready so many seconds more.")
 @click.option("--health", metavar="COMMAND", help="Run while baking, again and again; a failure rolls back.")
 @click.option("--one-way", is_flag=True, help="Go on though the incumbent cannot read the new states.")
-def reload(name: str | None, *, as_json: bool, no_wait: bool, one_way: bool, **wishes: Any) -> None:
+@click.option("--no-audit", is_flag=True, help="Do not compare with the kernel's account.")
+def reload(name: str | None, *, as_json: bool, no_wait: bool, one_way: bool, no_audit: bool, **wishes: Any) -> None:
     """Replace the interpreters; live connections go on."""
     name = name or directories.default_name()
     request = {"do": "reload", "wait": not no_wait, "one_way": one_way, **configs.wishes(wishes)}
-    _follow(name, request, as_json=as_json)
+    _follow(name, request, as_json=as_json, is_audited=not (no_audit or no_wait))
 
 
 @main.command()
@@ -117,7 +119,8 @@ def reload(name: str | None, *, as_json: bool, no_wait: bool, one_way: bool, **w
 @click.option("--one-way", is_flag=True, help="Go on though the present release cannot read its states.")
 def rollback(name: str | None, *, as_json: bool, one_way: bool) -> None:
     """Undo the reload under way; else go back to the release before, as a reload."""
-    _follow(name or directories.default_name(), {"do": "rollback", "one_way": one_way}, as_json=as_json)
+    request = {"do": "rollback", "one_way": one_way}
+    _follow(name or directories.default_name(), request, as_json=as_json, is_audited=True)
 
 
 @main.command()
@@ -125,11 +128,12 @@ def rollback(name: str | None, *, as_json: bool, one_way: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 def cancel(name: str | None, *, as_json: bool) -> None:
     """Undo the reload under way: everything returns to the incumbent."""
-    _follow(name or directories.default_name(), {"do": "cancel"}, as_json=as_json)
+    _follow(name or directories.default_name(), {"do": "cancel"}, as_json=as_json, is_audited=False)
 
 
-def _follow(name: str, request: dict[str, Any], *, as_json: bool) -> None:
+def _follow(name: str, request: dict[str, Any], *, as_json: bool, is_audited: bool) -> None:
     """Ask for a change, wait for its result, say it, and exit with its code."""
+    witness = Witness(name, is_present=is_audited)
     timeout_s = request.get("timeout_s")
     try:
         patience_s = None if timeout_s is None else timeout_s + request.get("bake_s", 0.0) + GRACE_S
@@ -141,9 +145,14 @@ def _follow(name: str, request: dict[str, Any], *, as_json: bool) -> None:
         if as_json:
             click.echo(json.dumps(result))
         sys.exit(STOPPED_WAITING)
+    if is_audited:
+        result["audit"] = witness.testify()
+        result["exit_code"] = result["audit"].get("exit_code") or result["exit_code"]
     if as_json:
         click.echo(json.dumps(result))
     _explain_reload(result, name)
+    if "audit" in result:
+        _explain_audit(result["audit"])
     sys.exit(result["exit_code"])
 
 
@@ -194,6 +203,36 @@ def _explain_reload(result: dict[str, Any], name: str) -> None:
         click.echo("The last lines that the replacement wrote:", err=True)
         for line in result["stderr_tail"]:
             click.echo(f"  | {line}", err=True)
+
+
+def _explain_audit(audit: dict[str, Any]) -> None:
+    if "skipped" in audit:
+        click.echo(f"  no audit: {audit['skipped']}", err=True)
+        return
+    click.echo(
+        f"  audit: {audit['same']} are the same sockets, {audit['ended']} ended, {audit['missing']} missing, "
+        f"{audit['unheld']} unheld",
+        err=True,
+    )
+    for kind, findings in audit["findings"].items():
+        for finding in findings:
+            click.echo(f"  {kind}: connection {finding['connection']}: {finding['reason']}", err=True)
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
+def audit(name: str | None, *, as_json: bool) -> None:
+    """Compare what is held with the kernel's own account; exit 4 if something is missing."""
+    from copyover import audit as auditing  # noqa: PLC0415  # 110 ms that no other command pays
+    from copyover import comparison  # noqa: PLC0415
+
+    found = comparison.as_object(auditing.compare(name or directories.default_name()))
+    if as_json:
+        click.echo(json.dumps(found))
+    else:
+        console.show_audit(found, listed=FINDINGS_SHOWN)
+    sys.exit(found["exit_code"])
 
 
 @main.command()

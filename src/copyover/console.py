@@ -152,3 +152,29 @@ def show_connections(found: dict[str, Any]) -> None:
     for row in found["connections"]:
         table.add_row(*("" if row[column] is None else str(row[column]) for column in columns))
     Console(soft_wrap=True).print(table, crop=False)
+
+
+def show_audit(found: dict[str, Any], *, listed: int) -> None:
+    """Print ``audit`` for people."""
+    from rich.console import Console  # noqa: PLC0415  # 40 ms that a pipe does not pay
+    from rich.table import Table  # noqa: PLC0415
+
+    screen = Console(soft_wrap=True)
+    half = "".join(f", {number} in {state}" for state, number in found["half_closed"].items())
+    screen.print(
+        f"[bold]{found['held']}[/] held: {found['same']} are the kernel's live sockets{half}; {found['ended']} ended "
+        f"meanwhile, {found['over']} over, {found['missing']} missing, {found['unheld']} unheld",
+        highlight=False,
+    )
+    queues = Table("listener", "address", "waiting", "limit", "", box=None)
+    for listener in found["listeners"]:
+        cells = (listener["name"], listener["address"], listener["waiting"], listener["limit"])
+        queues.add_row(*map(str, cells), "full" if listener["is_full"] else "")
+    screen.print(queues)
+    for kind, findings in found["findings"].items():
+        for finding in findings[:listed]:
+            screen.print(
+                f"  {kind}: connection {finding['connection']}: {finding['reason']}", highlight=False, markup=False
+            )
+        if len(findings) > listed:
+            screen.print(f"  {kind}: {len(findings) - listed} more, see --json", highlight=False)

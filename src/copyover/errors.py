@@ -11,6 +11,7 @@ It decides the exit code of each failure; it never prints and never exits.
     │   ├── TruncatedPacket       the kernel dropped descriptors (MSG_CTRUNC)
     │   └── ChannelClosed         the peer is gone
     ├── IllegalEvent              an event that the state machine does not take in its phase
+    ├── AuditImpossible           1   no account of the kernel to compare with
     ├── UsageError                2   flags and configuration
     │   ├── ConfigError           2   names file, line and key
     │   └── BadAddress            14
@@ -59,6 +60,10 @@ class TruncatedPacket(WireError):
 
 class ChannelClosed(WireError):
     """The peer closed its end of the channel, or died."""
+
+
+class AuditImpossible(CopyoverError):
+    """The kernel cannot be asked from here, or says nothing of the holder's sockets: no account, and no accusation."""
 
 
 class IllegalEvent(CopyoverError):

@@ -45,7 +45,8 @@ class Worker:
     lent: int = 0
     staged: int = 0
     staged_acked: int = 0
-    unacked_offs: int = 0
+    offs: int = 0  # accept_offs that it was sent, and the last of them that it has acknowledged
+    offs_acked: int = 0
     is_full: bool = False  # it has its quota of connections, and was told to accept no more
 
     is_off: bool = False  # all its lends are in
@@ -164,21 +165,22 @@ class Holdings:
             self.accept_off(worker, is_moving=False)
 
     def accept_off(self, worker: Worker, *, is_moving: bool) -> None:
-        worker.unacked_offs += 1
-        self.send(worker.id, messages.AcceptOff(moving=is_moving))
+        worker.offs += 1
+        self.send(worker.id, messages.AcceptOff(number=worker.offs, moving=is_moving))
 
-    def accept_off_acked(self, worker: Worker) -> bool:
+    def accept_off_acked(self, event: events.FromWorker) -> bool:
         """
         Note an acknowledgement; True when it is that of the last accept_off.
 
         Raises:
-            IllegalEvent: none is due.
+            IllegalEvent: none of that number is due.
 
         """
-        if worker.unacked_offs == 0:
-            raise IllegalEvent(f"worker {worker.id} acknowledged an accept_off that it was never sent")
-        worker.unacked_offs -= 1
-        return worker.unacked_offs == 0
+        worker, number = self.workers[event.worker], messages.expect(event.message, messages.AcceptOffAck).number
+        if not worker.offs_acked < number <= worker.offs:
+            raise IllegalEvent(f"worker {worker.id} acknowledged accept_off {number}, it was sent {worker.offs}")
+        worker.offs_acked = number
+        return number == worker.offs
 
     def retire(self, worker: Worker, drain_s: float) -> None:
         """Let it finish what it serves; it closes the rest at the limit, the timer is for one that does not."""
@@ -279,7 +281,7 @@ class Holdings:
         if known:
             raise IllegalEvent(f"worker {event.worker} lent connection {known[0]}, which is in the ledger")
         worker = self.workers[event.worker]
-        if worker.is_full and worker.unacked_offs == 0:
+        if worker.is_full and worker.offs_acked == worker.offs:
             raise IllegalEvent(f"worker {worker.id} lent {len(message.cookie)} connections and is told to accept none")
         entries = [
             self.ledger.lend(worker.id, cookie, descriptor, listener)

@@ -173,9 +173,11 @@ class Ledger:
         if epoch != entry.epoch:
             raise IllegalEvent(f"connection {cookie} was frozen at epoch {epoch} instead of {entry.epoch}")
         passage = entry.moving
-        passage.record, passage.is_given = record, False
-        if passage.origin == 0:  # the coroutine that can go on after a roll-back is the first that stopped
+        if passage.is_given:  # it gives back what it was given: there is no coroutine of it
+            passage.staged_in = worker
+        elif passage.origin == 0:  # the coroutine that can go on after a roll-back is the first that stopped
             passage.origin = worker
+        passage.record, passage.is_given = record, False
         self._stand(entry, Standing.PARKED)
         return entry
 

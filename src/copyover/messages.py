@@ -214,9 +214,10 @@ class Release(Message):
 
 @attrs.frozen(kw_only=True)
 class AcceptOffAck(Message):
-    """No lend follows this one until accept_on."""
+    """No lend follows this one until accept_on; *number* is that of the accept_off."""
 
     KIND: ClassVar[int] = 6
+    number: int = rare(int)
 
 
 @attrs.frozen(kw_only=True)
@@ -361,6 +362,7 @@ class AcceptOff(Message):
     """Stop accepting, and say so behind the last lend. With *moving* a move begins: no garbage collection."""
 
     KIND: ClassVar[int] = 35
+    number: int = rare(int)
     moving: bool = rare(bool)
 
 

@@ -255,7 +255,7 @@ class Machine:
 
     def _accept_off_acked(self, event: FromWorker) -> None:
         worker = self.holdings.workers[event.worker]
-        is_last = self.holdings.accept_off_acked(worker)
+        is_last = self.holdings.accept_off_acked(event)
         if is_last and worker.id in self._move.incumbents and not worker.is_off:  # else the holder was full
             self._move.accept_off_acked(worker)
             self._check_complete()
@@ -407,7 +407,7 @@ class Machine:
     def _accept_off_acked_in_roll_back(self, event: FromWorker) -> None:
         """The replacement's last lends are in; they go back too."""
         worker = self.holdings.workers[event.worker]
-        if self.holdings.accept_off_acked(worker):
+        if self.holdings.accept_off_acked(event):
             worker.is_off = True
             self._move.freeze_replacements()
             self._check_back()
@@ -433,6 +433,7 @@ class Machine:
         """Rolling back, the last incumbent died."""
         move = self._move
         if move.living_replacements():
+            self._under_way.reason, self._under_way.status = None, 0
             self._enter(Phase.MOVING)
             move.turn_forward()
             self._check_complete()
@@ -529,7 +530,7 @@ class Machine:
 
     def _accept_off_acked_in_peace(self, event: FromWorker) -> None:
         """The holder was full, or a roll-back ended before this came."""
-        self.holdings.accept_off_acked(self.holdings.workers[event.worker])
+        self.holdings.accept_off_acked(event)
 
     # ---- deaths
 

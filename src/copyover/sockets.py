@@ -1,5 +1,5 @@
 """
-What the kernel knows and does about one socket: its identity, its true reset.
+What the kernel knows and does about one socket: its identity, how it fares, its true reset.
 
 It keeps nothing.
 """
@@ -25,6 +25,9 @@ _SO_COOKIE = 57  # asm-generic/socket.h; socket(7) does not have it yet
 _TCP_INFO = struct.Struct("=B119xQQ")  # state, bytes_acked, bytes_received; linux/tcp.h
 _SIOCINQ, _SIOCOUTQ = 0x541B, 0x5411  # tcp(7), Ioctls
 _READINGS = 1000  # a client that sends all the time changes the counts between two of them
+_SO_NETNS_COOKIE = 71  # Linux 5.14
+_TCP_CLOSE = 7
+_TCPI_SEGS_IN = 140  # struct tcp_info, linux/tcp.h
 _AF_UNSPEC_ADDRESS = struct.pack("=H14x", socket.AF_UNSPEC)
 
 
@@ -90,6 +93,36 @@ def _tcp_info(sock: socket.socket) -> tuple[int, int, int]:
 def _queued(descriptor: int, request: int) -> int:
     value: int = struct.unpack("i", fcntl.ioctl(descriptor, request, b"\0\0\0\0"))[0]
     return value
+
+
+def network_of(sock: socket.socket) -> int | None:
+    """Return the cookie of the network namespace in which it was made; None before Linux 5.14."""
+    try:
+        value: int = struct.unpack("Q", sock.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8))[0]
+    except OSError:
+        return None
+    return value
+
+
+def plight_of_descriptor(descriptor: int, cookie: int) -> str:
+    """
+    Say how a borrowed descriptor fares that should be the connection *cookie*: open, closed, dissolved or foreign.
+
+    What an RST, a time-out or both FINs have closed is in no dump of the kernel any more. What our own side has reset
+    tells itself apart: dissolving an association forgets that any segment ever came in. tcp_disconnect
+    """
+    borrowed = socket.socket(fileno=descriptor)
+    try:
+        if cookie_of(borrowed) != cookie:
+            return "foreign"
+        if borrowed.family == socket.AF_UNIX:
+            return "open"
+        info = borrowed.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+    finally:
+        borrowed.detach()
+    if info[0] != _TCP_CLOSE:
+        return "open"
+    return "closed" if any(info[_TCPI_SEGS_IN : _TCPI_SEGS_IN + 4]) else "dissolved"
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from copyover import wire
 from copyover.change import Phase
 from copyover.config import Config  # noqa: TC001  # cattrs reads the annotations
 from copyover.errors import ChangeRefused, IllegalEvent
-from copyover.events import Quotas
+from copyover.events import Quotas  # noqa: TC001  # cattrs reads the annotations
 from copyover.holdings import Holdings, Strength, Worker
 from copyover.ledger import Standing
 from copyover.messages import Hello  # noqa: TC001  # the same
@@ -56,7 +56,7 @@ class Held:
     kept: list[tuple[int, str]]
     workers: list[Worker]
     entries: dict[str, bytes]
-    quotas: Quotas = attrs.field(factory=Quotas)
+    quotas: Quotas
 
 
 @attrs.frozen(kw_only=True)
@@ -110,7 +110,7 @@ class Desk:
     control: int
     next_caller: int
     denied: int
-    group: int | None = None  # whose members may command
+    group: int | None  # whose members may command
     callers: list[Caller]
 
 
@@ -152,9 +152,9 @@ class Estate:
     previous: Generation | None
     hands: list[Hand]
     held: Held
-    user: User | None = None  # as whom workers run
-    noted: list[dict[str, Any]] = attrs.field(factory=list)  # the chronicle
-    followers: list[int] = attrs.field(factory=list)
+    user: User | None  # as whom workers run
+    noted: list[dict[str, Any]]  # the chronicle
+    followers: list[int]
 
     def descriptors(self) -> Iterator[int]:
         """Name every descriptor that must live on."""

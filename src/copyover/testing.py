@@ -244,6 +244,11 @@ class Server:
         rows: list[dict[str, Any]] = json.loads(self._run("connections", "--json").stdout)["connections"]
         return rows
 
+    def audit(self) -> dict[str, Any]:
+        """Return the object of ``copyover audit --json``: what the kernel says of the connections."""
+        found: dict[str, Any] = json.loads(self._run("audit", "--json").stdout)
+        return found
+
     def worker_pids(self) -> list[int]:
         return [worker["pid"] for worker in self.status()["workers"] if worker["pid"] is not None]
 

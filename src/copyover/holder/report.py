@@ -13,6 +13,7 @@ from copyover.events import Outcome, Result
 from copyover.holder.blocking import blocked_by
 from copyover.holdings import Strength
 from copyover.ledger import Standing
+from copyover.sockets import cookie_of, network_of, plight_of_descriptor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from copyover.holder.hand import Hand
     from copyover.holdings import Worker
     from copyover.ledger import Entry
+    from copyover.listeners import Listener
     from copyover.reload import Machine
 
 SCHEMA = 1
@@ -154,4 +156,44 @@ def connection_object(entry: Entry, machine: Machine, listener: str, peer: str |
         "generation": worker.generation if worker else None,
         "state": entry.standing.value,
         "kept": machine.holdings.kept.get(entry.cookie),
+    }
+
+
+def ledger_object(machine: Machine, listeners: Sequence[Listener], only: object) -> dict[str, Any]:
+    """
+    Return what an audit compares with the kernel's account: the ledger in columns, thousands of rows long.
+
+    *only* is a list of cookies, or anything else for all. How descriptors fare is told for such a choice alone: it
+    costs the holder two system calls a row.
+    """
+    entries, workers = machine.ledger.entries, machine.holdings.workers
+    chosen = list(entries.values())
+    if type(only) is list:
+        chosen = [entries[cookie] for cookie in only if type(cookie) is int and cookie in entries]
+    columns: dict[str, list[Any]] = {
+        "connection": [entry.cookie for entry in chosen],
+        "listener": [entry.listener for entry in chosen],
+        "worker": [entry.owner for entry in chosen],
+        "generation": [workers[entry.owner].generation if entry.owner in workers else 0 for entry in chosen],
+        "epoch": [entry.epoch for entry in chosen],
+        "state": [entry.standing.value for entry in chosen],
+    }
+    if type(only) is list:
+        columns["plight"] = [plight_of_descriptor(entry.descriptor, entry.cookie) for entry in chosen]
+    return {
+        "listeners": [_listener_object(listener) for listener in listeners],
+        "counters": {key: machine.holdings.counters[key] for key in ("accepted", "ended", "expired", "lost")},
+        "connections": columns,
+    }
+
+
+def _listener_object(listener: Listener) -> dict[str, Any]:
+    name = listener.socket.getsockname()
+    return {
+        "name": listener.name,
+        "address": listener.url,
+        "cookie": cookie_of(listener.socket),
+        "network": network_of(listener.socket),
+        "family": int(listener.socket.family),
+        "port": name[1] if isinstance(name, tuple) else 0,
     }

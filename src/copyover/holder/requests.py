@@ -38,6 +38,7 @@ class Requests:
             "events": self._events,
             "cancel": self._cancel,
             "rollback": self._roll_back,
+            "ledger": self._ledger,
             "stop": self._stop,
             "upgrade": self._ask_upgrade,
         }
@@ -109,6 +110,10 @@ class Requests:
             self._refuse(caller, "python: should be the path of an interpreter")
         else:
             self._upgrade.ask(caller, python)
+
+    def _ledger(self, caller: int, request: dict[str, Any]) -> None:
+        daemon = self._daemon
+        self._tell(caller, report.ledger_object(daemon.machine, daemon.listeners, request.get("connections")))
 
     def _stop(self, caller: int, _: dict[str, Any]) -> None:
         self._tell(caller, {"pid": os.getpid()})

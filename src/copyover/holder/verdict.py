@@ -13,6 +13,8 @@ import attrs
 from copyover.messages import Record, RecordFlag
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from copyover.slots import Content, Counters
 
 
@@ -33,9 +35,6 @@ class Verdict:
         return self.record is not None and not self.reason
 
 
-_ENDED = Verdict(has_ended=True, reason="the client had ended it, or it broke")
-
-
 def judge(content: Content | None, counters: Counters | None, *, epoch: int, resumes: bool, now_ns: int) -> Verdict:
     """
     Say how a connection of *epoch* goes on; *resumes* is the policy of its listener where it cannot be exact.
@@ -43,7 +42,7 @@ def judge(content: Content | None, counters: Counters | None, *, epoch: int, res
     *counters* is None for a unix socket, of which the kernel counts no bytes.
     """
     if counters is not None and counters.is_closed:
-        return _ENDED
+        return Verdict(has_ended=True, reason="the client had ended it, or it broke")
     if content is None:
         return Verdict(reason="it had no slot")
     if content.epoch != epoch:
@@ -52,40 +51,34 @@ def judge(content: Content | None, counters: Counters | None, *, epoch: int, res
         # Nothing can be written any more, so nothing is left to do but what its worker was doing.
         flags = RecordFlag.FINISHED | RecordFlag.WRITE_CLOSED
         return Verdict(Record(flags=flags, received=counters.read, sent=counters.written, halted_ns=now_ns))
-    reason = _why_not_exact(content, counters)
+    return _by_slot(content, counters, resumes=resumes, now_ns=now_ns)
+
+
+def _by_slot(content: Content, counters: Counters | None, *, resumes: bool, now_ns: int) -> Verdict:
     is_finished = RecordFlag.FINISHED in content.flags
-    # Nobody is left to tell the client of a finished one: a clean end of half an answer would be a lie.
-    if reason and (is_finished or not resumes or _is_false(content, counters)):
-        return Verdict(reason=reason)
-    if content.state is None and not is_finished:
-        return Verdict(reason="its state did not fit the slot")
-    if reason:
-        return Verdict(_interrupted(content, counters, now_ns), reason=reason)
-    return Verdict(
-        Record(
-            flags=int(content.flags),
-            schema=content.schema,
-            received=content.received if counters is None else counters.read,
-            sent=content.sent if counters is None else counters.written,
-            halted_ns=now_ns,
-            unread=content.unread or b"",
-            unsent=_rest_of_unsent(content, counters) or b"",
-            state=content.state or b"",
-        )
-    )
-
-
-def _interrupted(content: Content, counters: Counters | None, now_ns: int) -> Record:
-    """What was read ahead may be consumed since: only what was written whole before the boundary is still sent."""
-    return Record(
-        flags=int(content.flags | RecordFlag.INTERRUPTED),
+    reason = next(_doubts(content, counters), "")
+    record = Record(
+        flags=int(content.flags),
         schema=content.schema,
         received=content.received if counters is None else counters.read,
         sent=content.sent if counters is None else counters.written,
         halted_ns=now_ns,
-        unsent=b"" if counters is None else _rest_of_unsent(content, counters) or b"",
+        unread=content.unread or b"",
+        unsent=_rest_of_unsent(content, counters) or b"",
         state=content.state or b"",
     )
+    if not reason:
+        return Verdict(record)
+    # Nobody is left to tell the client of a finished one: a clean end of half an answer would be a lie.
+    if is_finished or not resumes or content.state is None or _is_false(content, counters):
+        return Verdict(reason=reason)
+    return Verdict(_interrupted(record, counters), reason=reason)
+
+
+def _interrupted(record: Record, counters: Counters | None) -> Record:
+    """What was read ahead may be consumed since: only what was written whole before the boundary is still sent."""
+    flags = record.flags | RecordFlag.INTERRUPTED
+    return attrs.evolve(record, flags=flags, unread=b"", unsent=b"" if counters is None else record.unsent)
 
 
 def _is_false(content: Content, counters: Counters | None) -> bool:
@@ -93,22 +86,23 @@ def _is_false(content: Content, counters: Counters | None) -> bool:
     return counters is not None and (content.received > counters.read or content.sent > counters.written)
 
 
-def _why_not_exact(content: Content, counters: Counters | None) -> str:
-    is_finished = RecordFlag.FINISHED in content.flags
+def _doubts(content: Content, counters: Counters | None) -> Iterator[str]:
+    """Say why it cannot go on exactly where it was, the weightiest reason first."""
+    is_finished = RecordFlag.FINISHED in content.flags  # what comes then is discarded, and no handler needs a state
+    if content.state is None and not is_finished:
+        yield "its state did not fit the slot"
     if _is_false(content, counters):
-        return "its slot speaks of bytes that there never were"
-    if counters is None:
-        if content.is_touched:
-            return "its socket was used since its last boundary"
-    elif counters.read != content.received and not is_finished:  # what comes then is discarded
-        return f"{counters.read - content.received} bytes were read since its last boundary"
-    elif counters.written > content.sent + content.unsent_bytes:
-        return f"{counters.written - content.sent} bytes were written since its last boundary"
+        yield "its slot speaks of bytes that there never were"
+    if counters is None and content.is_touched:
+        yield "its socket was used since its last boundary"
+    if counters is not None and counters.read != content.received and not is_finished:
+        yield f"{counters.read - content.received} bytes were read since its last boundary"
+    if counters is not None and counters.written > content.sent + content.unsent_bytes:
+        yield f"{counters.written - content.sent} bytes were written since its last boundary"
     if content.unread is None and not is_finished:
-        return "what it had read ahead did not fit the slot"
+        yield "what it had read ahead did not fit the slot"
     if _rest_of_unsent(content, counters) is None:
-        return "what it had not sent did not fit the slot"
-    return ""
+        yield "what it had not sent did not fit the slot"
 
 
 def _rest_of_unsent(content: Content, counters: Counters | None) -> bytes | None:

@@ -43,7 +43,8 @@ def main() -> None:
         stderr = _inherited("COPYOVER_STDERR")
         slots = _inherited("COPYOVER_SLOTS") if "COPYOVER_SLOTS" in os.environ else None
         worker, instance = int(os.environ["COPYOVER_WORKER"]), os.environ["COPYOVER_INSTANCE"]
-        home = os.environ.pop("COPYOVER_WORKERS"), os.environ.pop("COPYOVER_KEY")  # not for what the application starts
+        # Not for what the application starts.
+        home = os.environ.pop("COPYOVER_WORKERS", ""), os.environ.pop("COPYOVER_KEY", "")
     except (KeyError, ValueError, OSError):
         sys.exit("copyover.worker is started by a holder; start that one with: copyover run module:attribute")
     directory = str(Path.cwd())

@@ -151,7 +151,7 @@ class Agent:
     def _accept_off(self, message: messages.AcceptOff, _: int) -> list[Effect]:
         begins: list[Effect] = [MoveBegins()] if message.moving else []
         self._is_moving |= message.moving
-        return [*begins, Accept(is_on=False), Send(messages.AcceptOffAck())]
+        return [*begins, Accept(is_on=False), Send(messages.AcceptOffAck(number=message.number))]
 
     # ---- staging
 

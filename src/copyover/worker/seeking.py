@@ -27,7 +27,7 @@ AGAIN_S = 0.1
 
 @attrs.frozen
 class Identity:
-    """What a worker tells a new holder of itself, and the path at which that one listens."""
+    """What a worker tells a new holder of itself, and the path at which that one listens; empty, none is sought."""
 
     path: str
     hello: messages.Hello
@@ -50,6 +50,8 @@ class Seeker:
 
     def seek(self) -> None:
         """Connect to the holder as soon as there is one."""
+        if not self._path:
+            return
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         sock.setblocking(False)
         try:

@@ -1,0 +1,266 @@
+"""How a worker writes down where its connections are: places, memory, states that do not fit, and its price."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from copyover import slots
+from copyover.errors import WireError
+from copyover.messages import Record, RecordFlag
+from copyover.worker.application import Application
+from copyover.worker.slot import Slots
+from copyover.worker.transport import Transport
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Iterator
+
+
+async def handler(_: object) -> None:
+    """Nothing is served here."""
+
+
+APPLICATION: Application[Any] = Application(handler=handler)
+
+
+class File:
+    """A real file, as a worker inherits it."""
+
+    def __init__(self, count: int = 3, slot_bytes: int = 256) -> None:
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115  # the fixture closes it
+        self.header = slots.shape(slot_bytes, count, worker=1, generation=1)
+        self.file.truncate(self.header.file_bytes)
+        os.pwrite(self.file.fileno(), self.header.pack(), 0)
+
+    def open(self, application: Application[Any] = APPLICATION) -> Slots:
+        is_json = application.encode is None
+        return Slots(self.file.fileno(), application.encode_state, is_json=is_json, schema=7)
+
+    def read(self) -> dict[int, slots.Content]:
+        area = os.pread(self.file.fileno(), self.header.file_bytes, slots.HEADER_BYTES)
+        return dict(slots.read_all(area, self.header.slot_bytes))
+
+
+@pytest.fixture
+def file() -> Iterator[File]:
+    made = File()
+    yield made
+    made.file.close()
+
+
+@pytest.fixture
+def transport() -> Iterator[Transport]:
+    """One that is never started: its loop is not asked."""
+    loop: asyncio.AbstractEventLoop = None  # type: ignore[assignment]  # as it says
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield Transport(loop, ours)
+
+
+def test_a_slot_says_its_record_before_anything_else(file: File) -> None:
+    """At its epoch, with the flags that outlive a thaw, and with the schema that the state was written with."""
+    record = Record(0, RecordFlag.CUT | RecordFlag.INTERRUPTED, 3, 10, 20, 99, b"read", b"sent", b"state")
+    slot = file.open().take(5, 4, record)
+    assert slot is not None
+    expected = slots.Content(4, RecordFlag.INTERRUPTED, 3, 10, 20, b"read", b"sent", 4, b"state")
+    assert file.read() == {5: expected}
+
+
+def test_saves_follow_the_connection(file: File, transport: Transport) -> None:
+    """Counts, bytes, state and epoch of the latest; each save is whole."""
+    slot = file.open().take(5, 0, Record(flags=RecordFlag.FRESH))
+    assert slot is not None
+    state = {"seen": 0}
+    for turn in range(6):
+        state["seen"] = turn // 2
+        transport.received, transport.sent = 10 * turn, 20 * turn
+        transport.input[:] = b"partial" if turn == 3 else b""
+        transport.output[:] = b"unsent" if turn == 4 else b""
+        if turn == 5:
+            slot.move_to(8)
+        assert slot.is_behind(transport) == (turn > 0)
+        slot.save(transport, state)
+        assert not slot.is_behind(transport)
+        content = file.read()[5]
+        assert content == slots.Content(
+            *(8 if turn == 5 else 0, RecordFlag(0), 7, 10 * turn, 20 * turn, bytes(transport.input)),
+            *(bytes(transport.output), len(transport.output), b'{"seen":%d}' % (turn // 2)),
+        )
+    slot.touch()
+    assert slot.is_behind(transport)
+
+
+def test_a_state_that_never_fit_is_not_taken_for_one_that_is_there(file: File, transport: Transport) -> None:
+    """The half that would be counted anew holds another connection's state: it must be written."""
+    slot = file.open().take(5, 0, Record(state=b"another"))
+    assert slot is not None
+    for _ in range(3):
+        slot.save(transport, {1: 2})
+        assert file.read()[5].state is None
+
+
+def test_places_are_used_again(file: File, caplog: pytest.LogCaptureFixture) -> None:
+    """Three fit; the fourth is served without, which is said once; a freed place is the next one's."""
+    book = file.open()
+    taken = [book.take(cookie, 0, Record()) for cookie in (1, 2, 3, 4, 5)]
+    assert [slot is not None for slot in taken] == [True, True, True, False, False]
+    assert book.unslotted == 2
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert "all 3 slots are taken" in caplog.text
+    assert taken[1] is not None
+    taken[1].free()
+    assert file.read().keys() == {1, 3}
+    assert book.take(6, 0, Record()) is not None
+    assert file.read().keys() == {1, 3, 6}
+
+
+def test_without_slots_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """slot_bytes = 0 is a choice."""
+    made = File(slot_bytes=0)
+    with made.file:
+        assert made.open().take(1, 0, Record()) is None
+    assert caplog.records == []
+
+
+def test_a_full_file_system_costs_slots_and_no_process(
+    file: File, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The memory is there before it is written: a store into a page that cannot be had is SIGBUS."""
+
+    def refuse(*_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    book = file.open()
+    assert book.take(1, 0, Record()) is None
+    assert book.take(2, 0, Record()) is None
+    assert "no room for slots (No space left on device)" in caplog.text
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 5000, slots.shape(256, 99, worker=1, generation=1).pack()])
+def test_a_file_of_another_kind_is_refused(content: bytes) -> None:
+    """Empty, foreign, or shorter than it says: writing into it would be SIGBUS."""
+    with tempfile.TemporaryFile() as other:
+        other.write(content)
+        other.flush()
+        with pytest.raises(WireError):
+            Slots(other.fileno(), APPLICATION.encode_state, is_json=True, schema=1)
+
+
+def test_a_state_that_is_too_large_is_tried_less_and_less(
+    file: File, transport: Transport, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Encoding it is work for nothing; once it fits again it is saved again, and from then on always."""
+    tries: list[int] = []
+    state = {"size": 1000}
+
+    def encode(state: Any) -> bytes:
+        tries.append(state["size"])
+        return bytes(state["size"])
+
+    slot = file.open(Application(handler=handler, encode=encode, decode=lambda *_: {})).take(5, 0, Record())
+    assert slot is not None
+    for _ in range(1000):
+        state["size"] = 1000 + len(tries)  # a state that has not changed is not encoded anyway
+        slot.save(transport, state)
+        assert file.read()[5].state is None
+    assert len(tries) < 15
+    assert len(caplog.records) == 1
+    for _ in range(257):
+        state["size"] = 5
+        slot.save(transport, state)
+    for size in (6, 7, 8):
+        state["size"] = size
+        slot.save(transport, state)
+        assert file.read()[5].state == bytes(size)
+
+
+def test_what_encode_raises_never_reaches_the_handler(
+    file: File, transport: Transport, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The reason is logged once, however many connections have it."""
+    book = file.open()
+    for cookie in (1, 2):
+        slot = book.take(cookie, 0, Record())
+        assert slot is not None
+        slot.save(transport, {"a": {1, 2}})
+        assert file.read()[cookie].state is None
+    assert len(caplog.records) == 1
+    assert "does not serialise" in caplog.text
+
+
+# ---- the price
+
+SERVE = textwrap.dedent(
+    """
+    import asyncio, os, socket, sys, tempfile
+    from copyover import slots
+    from copyover.messages import Record
+    from copyover.worker.application import Application
+    from copyover.worker.connection import Connection, Limits
+    from copyover.worker.slot import Slots
+    from copyover.worker.transport import Transport
+
+    async def echo(connection):
+        async for line in connection.lines():
+            connection.state["seen"] = connection.state.get("seen", 0) + 1
+            await connection.write(line)
+
+    async def main(requests, has_slot):
+        loop = asyncio.get_running_loop()
+        listener = socket.create_server(("127.0.0.1", 0))
+        client = socket.create_connection(listener.getsockname())
+        ours, _ = listener.accept()
+        client.setblocking(False)
+        ours.setblocking(False)
+        with tempfile.TemporaryFile() as file:
+            header = slots.shape(1024, 10, worker=1, generation=1)
+            file.truncate(header.file_bytes)
+            os.pwrite(file.fileno(), header.pack(), 0)
+            application = Application(handler=echo)
+            book = Slots(file.fileno(), application.encode_state, is_json=True, schema=1)
+            connection = Connection(loop, Transport(loop, ours), cookie=1, listener="", limits=Limits(), forward=print)
+            connection.state = {}
+            if has_slot:
+                connection.slot = book.take(1, 0, Record())
+            connection.transport.start()
+            task = loop.create_task(echo(connection))
+            for _ in range(requests):
+                await loop.sock_sendall(client, b"hello\\n")
+                assert await loop.sock_recv(client, 5) == b"hello"
+            os._exit(0)
+
+    asyncio.run(main(int(sys.argv[1]), sys.argv[2] == "slot"))
+    """
+)
+
+
+def _system_calls(requests: int, how: str) -> int:
+    command = ["strace", "-f", "-c", "-o", "/dev/stdout", sys.executable, "-c", SERVE, str(requests), how]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    if done.returncode != 0:
+        pytest.skip(f"strace may not trace here: {done.stderr.strip()[-200:]}")
+    found = re.search(r"^\s*100\.00\s+[\d.]+\s+\d+\s+(\d+)", done.stdout, re.MULTILINE)
+    assert found is not None, done.stdout
+    return int(found[1])
+
+
+def test_a_slot_costs_no_system_call_per_request() -> None:
+    """A thousand requests more make as many calls with a slot as without: memory is written, and that is all."""
+    if shutil.which("strace") is None:
+        pytest.skip("strace is not installed")
+    plain, saved = (_system_calls(1100, how) - _system_calls(100, how) for how in ("plain", "slot"))
+    assert plain >= 2000
+    assert abs(saved - plain) < 50  # how often the loop finds both ends ready varies a little
