@@ -231,7 +231,11 @@ class Server:
             if value is not None and value is not False:
                 arguments.append("--" + flag.removesuffix("_s").replace("_", "-"))
                 arguments += [] if value is True else [str(value)]
-        done = self._run("reload", "--json", *arguments)
+        return self.command("reload", "--json", *arguments)
+
+    def command(self, command: str, *arguments: str) -> ReloadResult:
+        """Run any command that answers with one JSON object: ``command("cancel", "--json")``."""
+        done = self._run(command, *arguments)
         return ReloadResult(done.returncode, json.loads(done.stdout) if done.stdout.strip() else {}, done.stderr)
 
     def status(self) -> dict[str, Any]:
