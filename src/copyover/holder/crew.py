@@ -186,6 +186,8 @@ class Crew:
             for _ in range(PACKETS_A_TURN):
                 self._take_packet(hand, hand.channel.receive())
                 self._settle()
+                if hand.worker not in self.hands:
+                    return  # what it said ended them all
         except BlockingIOError:
             return
         except ChannelClosed:
