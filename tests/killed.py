@@ -7,7 +7,7 @@ import os
 import select
 import signal
 import socket
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import attrs
 
@@ -41,6 +41,8 @@ class Held:
 class Worker:
     """One worker process; *held* is the ledger of its connections."""
 
+    alive: ClassVar[set[Worker]] = set()
+
     def __init__(
         self, directory: Path, listener: socket.socket, application: str, *, number: int = 1, **shape: int
     ) -> None:
@@ -54,6 +56,7 @@ class Worker:
             self._serve(ours, theirs, number)
         theirs.close()
         self._pidfd = os.pidfd_open(self.pid)
+        Worker.alive.add(self)
         self._channel = channel.Channel(ours)
         self.expect(messages.Hello)
         options = {"loop": "asyncio"}
@@ -143,6 +146,7 @@ class Worker:
     def reap(self) -> None:
         os.waitpid(self.pid, 0)
         os.close(self._pidfd)
+        Worker.alive.remove(self)
         with contextlib.suppress(BlockingIOError, ChannelClosed):
             while True:
                 poll = select.poll()

@@ -51,6 +51,11 @@ def children(pid: int) -> set[int]:
     return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()))
 
 
+def state_of(pid: int) -> str:
+    """Return one letter. proc_pid_stat(5)"""
+    return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0]
+
+
 def wait_lent(server: Server, count: int) -> None:
     while len(server.connections()) < count:
         assert server.status()["is_serving"]
@@ -102,6 +107,9 @@ def test_no_client_notices_an_upgrade(copyover_server: Servers) -> None:
             assert [server.descriptors(pid) for pid in (server.pid, *workers)] == before
             server.reload().assert_lossless()
             assert server.status()["generation"] == generation + 1
+            while len(server.worker_pids()) > 2:  # the incumbent leaves
+                assert server.status()["is_serving"]
+            assert sum(map(server.descriptors, server.worker_pids())) == sum(before[1:])  # a worker inherits nothing
     swarm.report.assert_lossless()
     assert server.stop() == 0
 
@@ -199,6 +207,29 @@ def test_a_reload_that_comes_first_is_not_disturbed(copyover_server: Servers, tm
         assert server.status()["generation"] == 2
         assert server.log.index("event=reload outcome=done generation=2") < server.log.index("event=upgraded")
     swarm.report.assert_lossless()
+
+
+def test_a_signal_just_before_the_holder_leaves_is_not_lost(copyover_server: Servers, tmp_path: Path) -> None:
+    """Caught and not yet handled, it is nowhere but in the old program: that handles it, and only then leaves."""
+    server = copyover_server("echo:echo", chdir=APPS)
+    (worker,) = server.worker_pids()
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    python = interpreter(tmp_path / "python", f'[ "$4" = --check ] && cat {gate} && kill -STOP $PPID')
+    with socket.socket(socket.AF_UNIX) as operator:
+        operator.settimeout(30.0)
+        operator.connect(str(server.directory / server.name / "control.sock"))
+        operator.sendall(json.dumps({"do": "upgrade", "python": str(python)}).encode() + b"\n")
+        while not (checking := children(server.pid) - {worker}):
+            assert server.status()["is_serving"]
+        assert server.status()["is_serving"]  # by now it waits for the child's end
+        gate.write_text("", encoding="utf-8")
+        while state_of(*checking) != "Z":  # the holder, stopped, finds it dead and the signal at once
+            continue
+        os.kill(server.pid, signal.SIGHUP)
+        os.kill(server.pid, signal.SIGCONT)
+        assert json.loads(operator.makefile().readline())["result"]["outcome"] == "done"
+    assert server.status()["generation"] == 2
 
 
 def test_a_worker_that_dies_meanwhile_is_buried_and_restarted(copyover_server: Servers, tmp_path: Path) -> None:
@@ -332,6 +363,28 @@ def test_an_upgrade_during_an_upgrade_is_busy(copyover_server: Servers, tmp_path
         assert "another upgrade is under way" in busy.answer["error"]
         gate.write_text("", encoding="utf-8")
         assert json.loads(operator.makefile().readline())["result"]["outcome"] == "done"
+
+
+def test_patience_has_an_end(copyover_server: Servers, another: Callable[..., Path], tmp_path: Path) -> None:
+    """A program that hangs is killed, with what it started; a change that does not end is busy, not waited for."""
+    gate = tmp_path / "gate"
+    app = tmp_path / "gated.py"
+    app.write_text("async def echo(connection):\n    await connection.boundary()\n", encoding="utf-8")
+    server = copyover_server("gated:echo", chdir=tmp_path)
+    impatient = another("0.2.0", **{"holder/upgrade": ("PATIENCE_S = 30.0", "PATIENCE_S = 1.0")})
+    Upgraded(server, impatient).assert_done()
+    before = server.descriptors(), children(server.pid)
+    hanging = interpreter(tmp_path / "python", f"mkfifo {gate}-of-nobody; cat {gate}-of-nobody")
+    Upgraded(server, hanging).assert_refused("had not read the state within 1 s")
+    assert (server.descriptors(), children(server.pid)) == before
+    os.mkfifo(gate)
+    app.write_text(app.read_text(encoding="utf-8") + f"open({str(gate)!r}).read()\n", encoding="utf-8")
+    busy = Upgraded(server, interpreter(tmp_path / "python", '[ "$4" = --check ] && kill -HUP $PPID'))
+    assert (busy.exit_code, busy.answer["outcome"]) == (5, "busy")
+    assert "another change is under way (booting), still so after 1 s" in busy.answer["error"]
+    gate.write_text("", encoding="utf-8")
+    while server.status()["generation"] != 2:
+        assert server.status()["is_serving"]
 
 
 @pytest.mark.parametrize("python", [1, "", "a\0b", [], True])

@@ -138,18 +138,24 @@ class Server:
         self._settings: dict[str, Any] = {}
         self.configure(**settings)
         self.addresses: list[tuple[str, int] | str] = []
-        self.run()
+        self._begin()
 
     # ---- starting
 
     def run(self) -> None:
         """
-        Start a holder. After ``kill`` it takes over from the one that was killed.
+        Start another holder: after ``kill`` it takes over from the one that was killed.
 
         Raises:
-            RuntimeError: it did not become ready; with its log.
+            RuntimeError: it did not become ready, with its log; or there are two.
 
         """
+        previous = self._process
+        self._begin()
+        if not wait_ended(previous, STOP_S):
+            raise RuntimeError(f"the holder {previous.pid} lives beside its successor")
+
+    def _begin(self) -> None:
         self.output = ""
         self._is_told.clear()
         self._process = self._start()

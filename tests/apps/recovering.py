@@ -49,6 +49,7 @@ async def obey(connection: Connection) -> None:  # noqa: C901, PLR0912  # one ca
                 await connection.write(b"done\n")
             case "wait":
                 async with connection.pinned("it waits"):
+                    await connection.boundary()
                     await asyncio.Event().wait()
             case "close":
                 door.append(asyncio.Event())
