@@ -58,10 +58,12 @@ ROOMS: dict[str, set[str]] = {
     "reload": {"change", "errors", "events", "holdings", "ledger", "messages", "move", "parking", "reunion"},
     # ---- from one holder to the next
     "succession": {
-        *("change", "config", "errors", "holdings", "ledger", "listeners", "messages", "release", "reload", "wire"),
+        *("change", "config", "errors", "events", "holdings", "ledger", "listeners", "messages", "release", "reload"),
+        *("users", "wire"),
     },
     # ---- the holder
-    "process": {"errors"},
+    "users": {"errors"},
+    "process": {"errors", "users"},
     "listeners": {"errors", "sockets"},
     "config": {"errors", "listeners", "slots"},
     "directory": {"errors"},
@@ -73,26 +75,30 @@ ROOMS: dict[str, set[str]] = {
     "holder.listening": {"listeners", "sockets", "succession"},
     "holder.hand": {
         *("", "channel", "directory", "errors", "listeners", "messages", "process", "release", "sockets"),
-        *("succession", "wire", "holder.recovery"),
+        *("succession", "users", "wire", "holder.recovery"),
     },
     "holder.crew": {
         *("channel", "config", "errors", "events", "ledger", "messages", "process", "release"),
-        *("reload", "slots", "succession", "holder.hand", "holder.listening", "holder.loop", "holder.recovery"),
+        *("reload", "slots", "succession", "users"),
+        *("holder.hand", "holder.listening", "holder.loop", "holder.recovery"),
     },
     "holder.takeover": {
         *("channel", "directory", "errors", "events", "messages", "process", "release", "reunion"),
-        *("wire", "holder.hand", "holder.recovery"),
+        *("users", "wire", "holder.hand", "holder.recovery"),
     },
     "holder.health": {"errors", "events", "holder.loop", "process"},
     "holder.control": {"directory", "errors", "succession"},
+    "holder.chronicle": set(),
+    "holder.blocking": {"change", "holder.hand", "holdings", "ledger", "reload", "sockets"},
+    "holder.dump": {"change", "holder.chronicle", "holder.hand", "holdings", "ledger", "reload"},
     "holder.report": {
-        *("change", "errors", "events", "holdings", "ledger", "listeners", "reload", "sockets"),
-        *("holder.hand", "holder.listening"),
+        *("errors", "events", "holdings", "ledger", "listeners", "reload", "sockets"),
+        *("holder.blocking", "holder.hand", "holder.listening"),
     },
     "holder.daemon": {
         *("change", "config", "directory", "errors", "events", "process", "reload", "release", "sockets"),
-        *("holder.control", "holder.crew", "holder.hand", "holder.health", "holder.listening", "holder.loop"),
-        "holder.report",
+        *("users", "holder.chronicle", "holder.control", "holder.crew", "holder.dump", "holder.hand", "holder.health"),
+        *("holder.listening", "holder.loop", "holder.report"),
     },
     "holder.upgrade": {
         *("", "change", "channel", "errors", "process", "succession"),
@@ -103,7 +109,7 @@ ROOMS: dict[str, set[str]] = {
         *("holder.daemon", "holder.report", "holder.upgrade"),
     },
     "holder.__main__": {
-        *("config", "directory", "errors", "events", "process", "reload"),
+        *("config", "directory", "errors", "events", "process", "reload", "users"),
         *("holder.control", "holder.daemon", "holder.listening", "holder.requests", "holder.takeover"),
         "holder.upgrade",
     },

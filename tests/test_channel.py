@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import others
 from copyover import channel, messages, wire
-from copyover.channel import MAX_PACKET_BYTES, Channel
+from copyover.channel import MAX_PACKET_BYTES, Backlog, Channel
 from copyover.errors import ChannelClosed, WireError
 
 if TYPE_CHECKING:
@@ -339,15 +340,15 @@ def fill(near: Channel) -> int:
 
 
 def test_a_full_channel_queues_in_order_and_says_so_once(ends: tuple[Channel, Channel]) -> None:
-    """Watched when the first has to wait, unwatched when none does; every packet arrives, in order, told once each."""
+    """FULL when the first has to wait, NONE when none does; every packet arrives, in order, told once each."""
     near, far = ends
-    heard: list[bool] = []
+    heard: list[Backlog] = []
     sent: list[int] = []
     near.on_backlog = heard.append
     total = fill(near)
     for more in range(5):
         near.send(messages.LendAck(total=total + more), on_sent=lambda more=more: sent.append(more))  # type: ignore[misc]
-    assert heard == [True]
+    assert heard == [Backlog.FULL]
     assert sent == []
     received: list[messages.Message] = []
     while len(received) < total + 5:
@@ -356,7 +357,7 @@ def test_a_full_channel_queues_in_order_and_says_so_once(ends: tuple[Channel, Ch
         except BlockingIOError:
             near.flush()
     assert received == [messages.LendAck(total=number) for number in range(total + 5)]
-    assert heard == [True, False]
+    assert heard == [Backlog.FULL, Backlog.NONE]
     assert sent == [0, 1, 2, 3, 4]
     assert not near.has_backlog
 
@@ -395,6 +396,49 @@ def test_a_large_body_that_waits_leaks_nothing(ends: tuple[Channel, Channel]) ->
     descriptors = pipes(1)
     near.send(staged(1, 2), descriptors)
     close_all(descriptors)
+
+
+@others.needs_root
+def test_too_many_descriptors_in_flight_are_waited_for() -> None:
+    """ETOOMANYREFS: said anew at each attempt, the order is kept, nothing is lost, and it goes on when it is over."""
+    program = textwrap.dedent(
+        f"""
+        import os, resource
+        from copyover import channel, messages
+        from copyover.channel import Backlog
+
+        ours, theirs = channel.pair()
+        heard, sent, received = [], [], []
+        near, far = channel.Channel(ours, heard.append), channel.Channel(theirs)
+        read, write = os.pipe()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        os.setgroups([])
+        os.setresuid({others.STRANGER}, {others.STRANGER}, {others.STRANGER})
+
+        def send(number):
+            near.send(messages.Stage(cookie=(number, 0), listener=(0, 0)), [read, write], lambda: sent.append(number))
+
+        total = 0
+        while not near.has_backlog:
+            send(total)
+            total += 1
+        for _ in range(3):
+            send(total)
+            total += 1
+        assert heard == [Backlog.SCARCE], heard
+        near.flush()
+        assert heard == [Backlog.SCARCE] * 2, heard
+        assert sent == list(range(total - 4)), sent
+        while len(received) < total:
+            with far.receive() as packet:
+                received.append(packet.message.cookie[0])
+            near.flush()
+        assert received == sent == list(range(total))
+        assert set(heard[:-1]) == {{Backlog.SCARCE}} and heard[-1] is Backlog.NONE, heard
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_closing_lets_go_on_what_waited(ends: tuple[Channel, Channel]) -> None:

@@ -160,7 +160,7 @@ def kinds(found: Sequence[messages.Message]) -> list[str]:
 def picture(value: object) -> object:
     """All that a machine knows, comparable; the effects of its last event are no part of it."""
     if isinstance(value, (Machine, Holdings, Ledger, Change, Move, Parking)):
-        skipped = {"effects", "_now_s", "_holdings", "_ledger"}
+        skipped = {"effects", "_now_s", "now_s", "_holdings", "_ledger"}
         return {name: picture(inner) for name, inner in vars(value).items() if name not in skipped}
     if isinstance(value, dict):
         return {key: picture(inner) for key, inner in value.items()}
@@ -1392,6 +1392,94 @@ def test_an_accept_off_that_was_never_understood_does_not_hold_up_the_next() -> 
     story.staged(3)
     story.says(1, messages.AcceptOffAck(number=2))
     assert story.sent_one(1, messages.Freeze).cookie == (10,)
+
+
+# ---- quotas of a worker
+
+
+def with_quotas(connections: int | None = None, record_bytes: int = 1 << 30) -> Story:
+    story = Story()
+    story.reload(quotas=events.Quotas(connections, record_bytes))
+    story.all_ready()
+    story.staged(2)
+    story.off(1)
+    story.gathered(1)
+    story.dies(1, "exited with 0")
+    return story
+
+
+def test_a_worker_at_its_quota_stops_accepting_and_begins_again() -> None:
+    """What it had accepted by then is taken; one connection less than the quota is not enough room, 5 % are."""
+    story = with_quotas(connections=20)
+    story.lend(2, *range(20))
+    assert story.sent(2) == [messages.LendAck(total=20), messages.AcceptOff(number=1, moving=False)]
+    assert story.machine.holdings.workers[2].is_full
+    story.lend(2, 20)
+    assert story.sent(2) == [messages.LendAck(total=21)]
+    story.off(2)
+    for cookie in range(18, 21):
+        assert "AcceptOn" not in kinds(story.sent(2))
+        story.release(2, cookie)
+    assert kinds(story.sent(2)) == ["AcceptOn"]
+    assert not story.machine.holdings.workers[2].is_full
+
+
+def test_a_worker_that_lends_after_its_word_breaks_the_protocol() -> None:
+    """It said that it accepts no more: what it lends then is not believed, nor kept."""
+    story = with_quotas(connections=1)
+    story.lend(2, 10)
+    story.off(2)
+    with pytest.raises(IllegalEvent, match="worker 2 lent 1 connections and is told to accept none"):
+        story.lend(2, 11)
+    assert set(story.machine.ledger.entries) == {10}
+
+
+def test_a_replacement_that_is_given_its_quota_does_not_accept() -> None:
+    """What moves to it counts; as soon as there is room, it accepts."""
+    story = with_quotas(connections=2)
+    story.lend(2, 10, 11)
+    story.off(2)
+    story.reload(quotas=events.Quotas(2))
+    story.all_ready()
+    story.staged(3)
+    story.off(2)
+    story.frozen(2, 10, 11)
+    story.gathered(2)
+    assert kinds(story.sent(3)) == ["Enter", "AcceptOff"]
+    story.adopted(3, 10, 11)
+    assert story.result.outcome is Outcome.DONE
+    assert "AcceptOn" not in kinds(story.sent(3))
+    story.off(3)
+    story.release(3, 10, epoch=1)
+    assert kinds(story.sent(3)) == ["AcceptOn"]
+
+
+def test_an_incumbent_whose_connections_have_gone_accepts_after_a_roll_back() -> None:
+    """It was full, and they ended during the change: the end of the change lets it accept."""
+    story = with_quotas(connections=1)
+    story.lend(2, 10)
+    story.off(2)
+    story.reload(quotas=events.Quotas(1))
+    story.release(2, 10)
+    story.handle(TimerFired("change"))
+    assert story.result.outcome is Outcome.REFUSED
+    assert "AcceptOn" in kinds(story.sent(2))
+
+
+def test_records_over_the_quota_roll_the_move_back() -> None:
+    """The quota is that of the reload that was asked for, over all records of one worker."""
+    story = Story()
+    story.to_moving(10, 11, quotas=events.Quotas(record_bytes=10))
+    story.off(1)
+    story.frozen(1, 10)
+    story.expects(Phase.MOVING)
+    story.frozen(1, 11)
+    story.expects(Phase.ROLLING_BACK)
+    assert story.machine.change is not None
+    assert story.machine.change.reason == (
+        "worker 1 gave records of 14 bytes, over its quota of 10: raise worker_record_bytes, or let unsent_bytes and "
+        "the states be smaller"
+    )
 
 
 # ---- stop

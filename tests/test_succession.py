@@ -16,11 +16,13 @@ from copyover import events, messages, succession
 from copyover.change import Phase
 from copyover.config import Config
 from copyover.errors import ChangeRefused
+from copyover.events import Quotas
 from copyover.holdings import Holdings, Strength, Worker
 from copyover.ledger import Entry, Ledger, Standing
 from copyover.listeners import Address, parse
 from copyover.release import Release
 from copyover.reload import Machine
+from copyover.users import User
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -64,6 +66,7 @@ def estate_of(machine: Machine) -> succession.Estate:
             control=4,
             next_caller=9,
             denied=1,
+            group=6,
             callers=[succession.Caller(number=5, descriptor=5, heard=b'{"d', unsent=b"\xff\n", is_done=False)],
         ),
         listening=succession.Listeners(
@@ -110,6 +113,9 @@ def estate_of(machine: Machine) -> succession.Estate:
             for worker in machine.holdings.workers.values()
         ],
         held=succession.hold(machine.holdings),
+        user=User(name="web", uid=33, gid=33, groups=(33, 40), home="/var/www"),
+        noted=[{"number": 7, "event": "phase", "fields": {"phase": "serving"}}],
+        followers=[5],
     )
 
 
@@ -201,6 +207,7 @@ STAYS = {
         "entries": "is left as entries",
         "tombstones": "of a move",
         "is_moving": "of a move",
+        "now_s": "of one event",
         "owned": "counted anew",
     },
     Entry: {"standing": "all are served when a holder leaves", "passage": "of a move"},
@@ -222,12 +229,12 @@ def test_no_attribute_is_forgotten() -> None:
 
 # ---- what is refused
 
-FREE = {"told", "last_reload", "counters", "timers"}  # objects whose keys are anybody's
+FREE = {"told", "last_reload", "counters", "timers", "noted"}  # objects whose keys are anybody's
 
 
 def may_be_new(path: tuple[str | int, ...], key: str) -> bool:
     """Whether *key* of the object at *path* has a default."""
-    kinds: dict[str | int, type] = {"config": Config, "workers": Worker, "address": Address}
+    kinds: dict[str | int, type] = {"config": Config, "workers": Worker, "address": Address, "quotas": Quotas}
     kind = next((kinds[part] for part in path[-2:] if part in kinds), None)
     return kind is not None and any(f.name == key and f.default is not attrs.NOTHING for f in attrs.fields(kind))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import array
 import collections
+import enum
 import errno
 import fcntl
 import mmap
@@ -33,7 +34,16 @@ _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _MFD_NOEXEC_SEAL = 8  # Linux 6.3; older kernels answer EINVAL. memfd_create(2)
 _ANCILLARY_BYTES = socket.CMSG_SPACE((messages.MAX_DESCRIPTORS + 1) * array.array("i").itemsize)
 # ETOOMANYREFS: more descriptors of this user are in flight than its soft NOFILE. unix(7)
-_BACK_PRESSURE = frozenset({errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS})
+_SCARCITY = frozenset({errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS})
+RETRY_S = 0.02
+
+
+class Backlog(enum.Enum):
+    """Whether packets wait, and for what."""
+
+    NONE = enum.auto()
+    FULL = enum.auto()  # the peer has to read: writability tells
+    SCARCE = enum.auto()  # the kernel is out of something else: it calls the socket writable all the while
 
 
 @attrs.define
@@ -82,17 +92,17 @@ class Channel:
     One end of a SEQPACKET socket.
 
     Packets leave in the order in which they were sent; those that the kernel does not take at once wait here.
-    *on_backlog* is called with True when the first has to wait and with False when none waits any more, so that the
-    event loop watches for writability only then.
+    *on_backlog* is called when that begins, changes and ends: its owner flushes once the socket is writable while the
+    backlog is FULL, and after RETRY_S each time that it is said to be SCARCE.
     """
 
-    def __init__(self, sock: socket.socket, on_backlog: Callable[[bool], None] = lambda _: None) -> None:
+    def __init__(self, sock: socket.socket, on_backlog: Callable[[Backlog], None] = lambda _: None) -> None:
         sock.setblocking(False)
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             sock.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
         self._socket = sock
         self._queue: collections.deque[_Outgoing] = collections.deque()
-        self._is_watched = False
+        self._backlog = Backlog.NONE
         self.on_backlog = on_backlog
         self.version = wire.WIRE_VERSIONS[1]
 
@@ -126,10 +136,10 @@ class Channel:
             outgoing.payload = attrs.evolve(header, flags=header.flags | wire.FLAG_MEMFD).pack()
             outgoing.descriptors, outgoing.owned = [*descriptors, memfd], [memfd]
         self._queue.append(outgoing)
-        if self._is_watched:
-            outgoing.own()
-        else:
+        if self._backlog is Backlog.NONE:
             self.flush()
+        else:
+            outgoing.own()
 
     def flush(self) -> None:
         """
@@ -145,22 +155,25 @@ class Channel:
             try:
                 self._socket.sendmsg([outgoing.payload], rights if outgoing.descriptors else [], socket.MSG_NOSIGNAL)
             except OSError as problem:
-                if problem.errno in _BACK_PRESSURE:
-                    for waiting in self._queue:
-                        waiting.own()
-                    self._watch(True)
-                    return
-                raise ChannelClosed(f"the peer of the channel is gone: {problem}") from problem
+                if problem.errno != errno.EAGAIN and problem.errno not in _SCARCITY:
+                    raise ChannelClosed(f"the peer of the channel is gone: {problem}") from problem
+                self._wait(Backlog.FULL if problem.errno == errno.EAGAIN else Backlog.SCARCE)
+                return
             self._queue.popleft()
             _close_all(outgoing.owned)
             if outgoing.on_sent is not None:
                 outgoing.on_sent()
-        self._watch(False)
+        if self._backlog is not Backlog.NONE:
+            self._backlog = Backlog.NONE
+            self.on_backlog(self._backlog)
 
-    def _watch(self, is_watched: bool) -> None:  # noqa: FBT001
-        if is_watched != self._is_watched:
-            self._is_watched = is_watched
-            self.on_backlog(is_watched)
+    def _wait(self, backlog: Backlog) -> None:
+        for waiting in self._queue:
+            waiting.own()
+        is_news = backlog is not self._backlog or backlog is Backlog.SCARCE
+        self._backlog = backlog
+        if is_news:
+            self.on_backlog(backlog)
 
     def receive(self) -> Packet:
         """

@@ -6,6 +6,7 @@ It asks the holder over the control socket and shows the answer: JSON to stdout,
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 DENIED, STOPPED_WAITING = 8, 7
+FOLLOW = {"do": "events", "follow": True}
 GRACE_S = 30.0  # a roll-back takes its time beyond the deadline
 
 
@@ -61,6 +63,8 @@ def main() -> None:
 @click.option(
     "--loop", type=click.Choice(["auto", "asyncio", "uvloop"]), help="The event loop; auto takes uvloop if there."
 )
+@click.option("--user", help="The user that workers run as; the holder must be root.")
+@click.option("--group", help="The group that workers run as; default the user's own.")
 @click.option("--config", "file", type=click.Path(dir_okay=False), help="copyover.toml; flags win over it.")
 def run(file: str | None, listen: tuple[str, ...], chdir: str | None, **flags: Any) -> None:
     """Start a holder, and the server APP (module:attribute) under it."""
@@ -281,6 +285,31 @@ def connections(name: str | None, *, as_json: bool) -> None:
         click.echo(json.dumps(found))
     else:
         console.show_connections(found)
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--follow", is_flag=True, help="Go on with each as it happens, until the holder ends.")
+@click.option("--json", "as_json", is_flag=True, help="It is JSON in any case, one object a line.")
+def events(name: str | None, *, follow: bool, as_json: bool) -> None:  # noqa: ARG001  # every command takes --json
+    """Print the last 1000 transitions of the holder, one JSON object a line."""
+    if follow:
+        sys.exit(_follow_events(name or directories.default_name()))
+    for noted in _ask(name, {"do": "events"})["events"]:
+        click.echo(json.dumps(noted))
+
+
+def _follow_events(name: str) -> int:
+    """Print what happens until the holder has stopped, or Ctrl-C; return the exit code."""
+    has_stopped = False
+    with contextlib.suppress(KeyboardInterrupt), console.call(name, FOLLOW, patience_s=None) as answers:
+        for answer in answers:
+            noted = answer["event"] if "event" in answer else _result_of(answer)
+            click.echo(json.dumps(noted))
+            has_stopped = noted["fields"].get("phase") == "stopped"
+        if not has_stopped:
+            raise CopyoverError("the holder went away, or hung up because too much was left unread; its log says which")
+    return 0
 
 
 @main.command()

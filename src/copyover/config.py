@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 import cattrs
-from attrs.validators import ge, gt, in_, instance_of, le, min_len
+from attrs.validators import ge, gt, in_, instance_of, le, min_len, optional
 
 from copyover import listeners, slots
 from copyover.errors import ConfigError
@@ -46,6 +46,11 @@ class Config:
 
     app: str = _key("module:attribute of the handler, Application or factory", validator=instance_of(str))
     name: str = _key("the holder's name", reloadable=False, default="default", validator=min_len(1))
+    user: str | None = _key("the user that workers run as", reloadable=False, default=None)
+    group: str | None = _key("the group that workers run as, instead of the user's own", reloadable=False, default=None)
+    control_group: str | None = _key(
+        "the group whose members may command the holder, besides its user and root", reloadable=False, default=None
+    )
     listen: tuple[str, ...] = _key("addresses, each [NAME=]ADDRESS", default=("127.0.0.1:8000",))
     workers: int = _key("interpreters of a generation", default=1, validator=ge(1))
     python: str | None = _key("the release's interpreter; else .venv/bin/python, else the holder's own", default=None)
@@ -79,6 +84,14 @@ class Config:
     message_bytes: int = _key("the longest message of messages() and read_exactly()", default=1 << 20, validator=ge(1))
     unsent_bytes: int = _key("what may be unsent before a client is aborted", default=16 << 20, validator=ge(1))
     record_bytes: int = _key("the largest record that travels", default=32 << 20, validator=ge(1))
+    worker_connections: int | None = _key(
+        "live connections at which a worker stops accepting; else the holder's own limit",
+        default=None,
+        validator=optional(ge(1)),
+    )
+    worker_record_bytes: int = _key(
+        "what the records of one worker's connections may hold in a move", default=1 << 30, validator=ge(1)
+    )
     slot_bytes: int = _key(
         "what a slot takes in the runtime directory; 0 saves nothing",
         default=1024,

@@ -49,7 +49,8 @@ def call(name: str, request: dict[str, Any], *, patience_s: float | None) -> Ite
                 f"no holder named {name!r} listens on {path}; start one with: copyover run --name {name} APP; "
                 f"if it runs under another COPYOVER_RUNTIME_DIR, set that here too"
             ) from absent
-        sock.sendall(json.dumps(request).encode() + b"\n")
+        with contextlib.suppress(BrokenPipeError):  # who is denied is answered and hung up on before the request
+            sock.sendall(json.dumps(request).encode() + b"\n")
         with sock.makefile("r", encoding="utf-8") as lines, contextlib.suppress(ConnectionResetError):
             yield (json.loads(line) for line in lines)
 
@@ -100,12 +101,24 @@ def show_status(found: dict[str, Any]) -> None:
         f"{live['live']} live connections, {live['kept']} kept in a retiring generation",
         highlight=False,
     )
+    if found["limits"]["is_full"]:
+        screen.print(
+            f"  full: of {found['limits']['connections']} connections that its descriptors allow for; nobody accepts, "
+            "clients wait in the backlog; raise the hard RLIMIT_NOFILE and restart",
+            highlight=False,
+        )
+    for worker in found["workers"]:
+        if worker["is_full"]:
+            quota = found["limits"]["worker_connections"]
+            advice = "raise worker_connections or workers, and reload"
+            screen.print(f"  worker {worker['worker']} has its quota of {quota} connections; {advice}", highlight=False)
     for listener in found["listeners"]:
         state = "" if listener["state"] == "serving" else f" ({listener['state']})"
         screen.print(f"  listens on {listener['address']}{state}", highlight=False, markup=False)
     for blocking in phase["blocked_by"]:
-        who = f"connection {blocking['connection']}" if "connection" in blocking else f"worker {blocking['worker']}"
-        screen.print(f"  waits for {who}: {blocking['reason']}", highlight=False)
+        screen.print(f"  waits for {_in_words(blocking)}", highlight=False, markup=False)
+        for line in blocking.get("last_lines", ()):
+            screen.print(f"    | {line}", highlight=False, markup=False)
     table = Table("worker", "pid", "generation", "state", "connections", "release", box=None)
     for worker in found["workers"]:
         release = worker["release"] or {}
@@ -118,6 +131,14 @@ def show_status(found: dict[str, Any]) -> None:
         screen.print(f"  last reload: {last['outcome']} ({counts})", highlight=False)
         if last["error"]:
             screen.print(f"  {last['error']}", highlight=False, markup=False)
+
+
+def _in_words(blocking: dict[str, Any]) -> str:
+    who = f"worker {blocking['worker']} (pid {blocking['pid']})"
+    if "connection" in blocking:
+        who = f"connection {blocking['connection']} from {blocking['peer'] or 'a client that has gone'}, {who}"
+    time = "" if blocking["for_s"] is None else f", for {blocking['for_s']:.1f} s"
+    return f"{who}{time}: {blocking['reason']}"
 
 
 def show_connections(found: dict[str, Any]) -> None:

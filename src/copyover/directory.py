@@ -76,17 +76,22 @@ def default_name() -> str:
     return os.environ.get("COPYOVER_NAME") or "default"
 
 
-def prepare(directory: Directory) -> None:
+def prepare(directory: Directory, *, is_shared: bool = False) -> None:
     """
     Make the directory, 0700, and see that nobody else can write it.
 
+    *is_shared*: 0711, so that other users can open in it by name what is theirs to open.
+
     Raises:
         UnsafeRuntimeDirectory: others may write it or its parent.
-        PermissionRefused: it cannot be made.
+        PermissionRefused: it cannot be made, or others cannot pass through to it.
 
     """
     try:
-        directory.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            directory.path.parent.mkdir(mode=0o700, parents=True)
+            if is_shared:
+                directory.path.parent.chmod(0o711)
         with contextlib.suppress(FileExistsError):
             directory.path.mkdir(mode=0o700)
     except OSError as problem:
@@ -103,6 +108,21 @@ def prepare(directory: Directory) -> None:
             raise UnsafeRuntimeDirectory(
                 f"{path} belongs to uid {found.st_uid} with mode {stat.S_IMODE(found.st_mode):04o}: others could "
                 f"replace its sockets; chmod 700 it, or set COPYOVER_RUNTIME_DIR to a directory of yours"
+            )
+    if is_shared:
+        _open_to_others(directory)
+
+
+def _open_to_others(directory: Directory) -> None:
+    try:
+        directory.path.chmod(0o711)
+    except OSError as problem:
+        raise PermissionRefused(f"{directory.path} cannot be opened to others: {problem.strerror}") from problem
+    for path in directory.path.parents:
+        if not path.stat().st_mode & stat.S_IXOTH:
+            raise PermissionRefused(
+                f"other users cannot pass through {path} to the runtime directory, as user and control_group need; "
+                f"chmod o+x it, or set COPYOVER_RUNTIME_DIR"
             )
 
 

@@ -31,6 +31,14 @@ BY_SIGNAL = 0  # nobody waits for the answer
 
 
 @attrs.frozen
+class Quotas:
+    """How much of the holder one worker may take; *connections* None is all that there is."""
+
+    connections: int | None = None
+    record_bytes: int = 1 << 30
+
+
+@attrs.frozen
 class Reload:
     """Somebody asks for a new generation; the answer is a Finished with the same *asker*."""
 
@@ -47,6 +55,7 @@ class Reload:
     needs_health: bool = False  # commit only after a health command has succeeded
     is_one_way: bool = False  # states that the incumbent cannot read are no reason to refuse
     added: frozenset[int] = frozenset()  # the listeners that the incumbent does not have
+    quotas: Quotas = Quotas()
     is_remembered: bool = False  # a SIGHUP while another change is under way is done after it, once
 
 

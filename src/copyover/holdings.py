@@ -20,6 +20,7 @@ from copyover.ledger import Ending, Entry, Ledger, Standing
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
+ROOM = 0.95  # what was full accepts again below that share
 MAX_BACKOFF_S = 30.0
 HEALTHY_S = 10.0
 
@@ -46,17 +47,19 @@ class Worker:
     staged_acked: int = 0
     offs: int = 0  # accept_offs that it was sent, and the last of them that it has acknowledged
     offs_acked: int = 0
+    is_full: bool = False  # it has its quota of connections, and was told to accept no more
 
     is_off: bool = False  # all its lends are in
     has_gathered: bool = False
     has_entered: bool = False
     shared: tuple[bytes, ...] = ()
+    parked_bytes: int = 0  # of all records that it gave
     unanswered: set[int] = attrs.field(factory=set)  # freezes without their first answer
     queue: collections.deque[int] = attrs.field(factory=collections.deque)  # connections still to be frozen
 
     def begin_move(self) -> None:
         self.is_off = self.has_gathered = self.has_entered = False
-        self.shared = ()
+        self.shared, self.parked_bytes = (), 0
         self.unanswered.clear()
         self.queue.clear()
 
@@ -76,6 +79,7 @@ class Holdings:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
+        self.quotas = events.Quotas()
         self.is_full = False
         self.ledger = Ledger()
         self.workers: dict[int, Worker] = {}
@@ -139,8 +143,27 @@ class Holdings:
 
     def admit(self, worker: int, *, is_moving: bool = False) -> None:
         """Let it accept, unless we could not keep what it accepts: then clients wait in the backlog."""
-        if not self.is_full:
+        if self.is_full or not self.is_alive(worker):
+            return
+        if self._has_room(self.workers[worker]):
+            self.workers[worker].is_full = False
             self.send(worker, messages.AcceptOn(moving=is_moving))
+        else:
+            self._fill(self.workers[worker])
+
+    def _has_room(self, worker: Worker) -> bool:
+        """Whether it has less than its quota; once full, it has to fall a little below it."""
+        quota = self.quotas.connections
+        return quota is None or self.ledger.owned[worker.id] < (quota * ROOM if worker.is_full else quota)
+
+    def _fill(self, worker: Worker) -> None:
+        """It has its quota: it accepts no more."""
+        if not worker.is_full:
+            worker.is_full = True
+            owned, quota = self.ledger.owned[worker.id], self.quotas.connections
+            advice = "raise worker_connections or workers, and reload"
+            self.note("worker-full", worker=worker.id, connections=owned, quota=quota, advice=advice)
+            self.accept_off(worker, is_moving=False)
 
     def accept_off(self, worker: Worker, *, is_moving: bool) -> None:
         worker.offs += 1
@@ -261,6 +284,8 @@ class Holdings:
         if known:
             raise IllegalEvent(f"worker {event.worker} lent connection {known[0]}, which is in the ledger")
         worker = self.workers[event.worker]
+        if worker.is_full and worker.offs_acked == worker.offs:
+            raise IllegalEvent(f"worker {worker.id} lent {len(message.cookie)} connections and is told to accept none")
         entries = [
             self.ledger.lend(worker.id, cookie, descriptor, listener)
             for cookie, descriptor, listener in zip(message.cookie, event.descriptors, message.listener, strict=True)
@@ -268,16 +293,23 @@ class Holdings:
         worker.lent += len(entries)
         self.counters["accepted"] += len(entries)
         self.send(worker.id, messages.LendAck(total=worker.lent))
-        if len(self.ledger) >= self.capacity and not self.is_full:
-            self.is_full = True
-            self.note(
-                "full",
-                connections=len(self.ledger),
-                advice="raise the hard RLIMIT_NOFILE of the holder (LimitNOFILE=) and restart it",
-            )
-            for accepting in [worker for worker in self.workers.values() if worker.strength is Strength.READY]:
-                self.accept_off(accepting, is_moving=False)
+        self._note_full()
+        if not self._has_room(worker):
+            self._fill(worker)
         return entries
+
+    def _note_full(self) -> None:
+        """Descriptors run out: nobody accepts, before accepting fails."""
+        if len(self.ledger) < self.capacity or self.is_full:
+            return
+        self.is_full = True
+        self.note(
+            "full",
+            connections=len(self.ledger),
+            advice="clients wait until others have ended; raise the hard RLIMIT_NOFILE (LimitNOFILE=) and restart",
+        )
+        for accepting in [worker for worker in self.workers.values() if worker.strength is Strength.READY]:
+            self.accept_off(accepting, is_moving=False)
 
     def adopt(self, event: events.FromWorker) -> list[tuple[Entry, int]]:
         """
@@ -389,9 +421,9 @@ class Holdings:
         return [(worker, ending.cookie) for worker in ending.copies_in]
 
     def regain_room(self) -> bool:
-        """See whether enough connections have ended since it was full; True once, at that moment."""
-        if not self.is_full or len(self.ledger) >= self.capacity * 0.95:
-            return False
+        """See whether enough connections have ended since the holder, or a worker, was full."""
+        if not self.is_full or len(self.ledger) >= self.capacity * ROOM:
+            return any(worker.is_full and self._has_room(worker) for worker in self.serving())
         self.is_full = False
         self.note("room", connections=len(self.ledger))
         return True

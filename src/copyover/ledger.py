@@ -42,6 +42,7 @@ class Passage:
     kept_because: str | None = None
     pushed: list[tuple[int, bytes]] = attrs.field(factory=list)  # acts of others while nobody had it
     unfit: frozenset[int] = frozenset()  # the workers that gave the record back
+    since_s: float = 0.0  # when it came to stand as it does
 
 
 @attrs.define
@@ -80,6 +81,7 @@ class Ledger:
         self.entries: dict[int, Entry] = {}
         self.tombstones: set[int] = set()
         self.is_moving = False
+        self.now_s = 0.0  # of the event that is being handled; for since_s only
         self.owned: collections.Counter[int] = collections.Counter()
 
     def __len__(self) -> int:
@@ -122,7 +124,10 @@ class Ledger:
             self.owned[entry.owner] -= 1
             self.owned[worker] += 1
             entry.owner = worker
-        entry.standing = standing
+        self._stand(entry, standing)
+
+    def _stand(self, entry: Entry, standing: Standing) -> None:
+        entry.standing, entry.moving.since_s = standing, self.now_s
 
     def lend(self, worker: int, cookie: int, descriptor: int, listener: int) -> Entry:
         if cookie in self.entries:
@@ -151,12 +156,12 @@ class Ledger:
 
     def stage(self, cookie: int, worker: int) -> None:
         passage = self.entries[cookie].moving
-        passage.staged_in = passage.staged_in or worker
+        passage.staged_in, passage.since_s = passage.staged_in or worker, self.now_s
 
     def freeze(self, cookie: int) -> int:
         """Return the epoch at which its owner is asked to stop."""
         entry = self._owned_by(self.entries[cookie].owner, cookie, Standing.SERVED, Standing.THAWING)
-        entry.standing = Standing.FREEZING
+        self._stand(entry, Standing.FREEZING)
         return entry.epoch
 
     def is_late(self, cookie: int) -> bool:
@@ -173,7 +178,7 @@ class Ledger:
         elif passage.origin == 0:  # the coroutine that can go on after a roll-back is the first that stopped
             passage.origin = worker
         passage.record, passage.is_given = record, False
-        entry.standing = Standing.PARKED
+        self._stand(entry, Standing.PARKED)
         return entry
 
     def refuse(self, worker: int, cookie: int, reason: str) -> Entry:
@@ -183,9 +188,10 @@ class Ledger:
         passage = entry.moving
         passage.kept_because = reason
         if not self.has_record(entry):
-            entry.standing = Standing.SERVED
+            self._stand(entry, Standing.SERVED)
             return entry
-        entry.standing, passage.is_given = Standing.PARKED, False
+        self._stand(entry, Standing.PARKED)
+        passage.is_given = False
         passage.unfit |= {worker}
         self._forget_copy(passage, worker)
         return entry
@@ -205,7 +211,7 @@ class Ledger:
         if epoch != entry.epoch:
             raise IllegalEvent(f"connection {cookie} was adopted at epoch {epoch} instead of {entry.epoch}")
         if entry.standing is Standing.THAWING:  # else a freeze crossed it, and its answer follows
-            entry.standing = Standing.SERVED
+            self._stand(entry, Standing.SERVED)
         entry.moving.is_given = False
         entry.moving.was_adopted |= worker != entry.moving.origin
         return entry
@@ -224,7 +230,8 @@ class Ledger:
         entry = self.entries[cookie]
         if not self.has_record(entry):
             raise IllegalEvent(f"connection {cookie} is {entry.standing.value}, its record is of the past")
-        entry.standing, entry.moving.is_given = Standing.PARKED, False
+        self._stand(entry, Standing.PARKED)
+        entry.moving.is_given = False
         return entry
 
     def recover(self, cookie: int, record: Record) -> Entry:
@@ -232,7 +239,7 @@ class Ledger:
         entry = self.entries[cookie]
         passage = entry.moving
         passage.record, passage.is_given, passage.was_adopted = record, False, True
-        entry.standing = Standing.PARKED
+        self._stand(entry, Standing.PARKED)
         return entry
 
     def begin(self) -> None:

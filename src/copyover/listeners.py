@@ -217,6 +217,8 @@ def _somebody_listens(path: str) -> bool:
             raise BadAddress(f"{path} exists and is no socket; it is left alone")
     except FileNotFoundError:
         return False
+    except PermissionError as problem:
+        raise PermissionRefused(f"this user may not listen on {path}: {problem.strerror}") from problem
     except OSError as problem:
         raise BadAddress(f"{path} cannot be bound: {problem.strerror}") from problem
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:

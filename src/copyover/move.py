@@ -166,6 +166,7 @@ class Move:
         worker = self._holdings.workers[event.worker]
         self._ledger.check(worker.id, message.cookie, message.epoch, (Standing.FREEZING,))
         worker.unanswered.discard(message.batch)
+        worker.parked_bytes += sum(record.size_bytes for record in message.records())
         self.place(
             [
                 self._ledger.frozen(worker.id, cookie, epoch, record)
@@ -174,6 +175,16 @@ class Move:
             ]
         )
         self._feed(worker)
+
+    def excess(self, worker: int) -> str | None:
+        """Return why the records that a worker gave in this move are too many, or None."""
+        given, quota = self._holdings.workers[worker].parked_bytes, self._asked.quotas.record_bytes
+        if given <= quota:
+            return None
+        return (
+            f"worker {worker} gave records of {given} bytes, over its quota of {quota}: raise worker_record_bytes, or "
+            f"let unsent_bytes and the states be smaller"
+        )
 
     def adopted(self, event: FromWorker) -> None:
         """

@@ -14,12 +14,19 @@ import resource
 import select
 import signal
 import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from copyover.errors import PermissionRefused, PythonNotFound
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from copyover.users import User
+
+
+EXPENDABLE = 500  # what a process that is not needed yet has above ours
+_HIGHEST_OOM_SCORE = 1000
 
 
 SUCCEEDED = "exited with 0"
@@ -49,6 +56,18 @@ class Child:
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         except ProcessLookupError:
             return  # it is dead and waits to be reaped
+
+    def set_oom_score(self, above_ours: int) -> None:
+        """
+        Make it so much likelier than us to be killed when memory runs out. proc(5), oom_score_adj
+
+        Raises:
+            OSError: this user may not (EACCES), or it is dead.
+
+        """
+        ours = int(Path("/proc/self/oom_score_adj").read_text(encoding="ascii"))
+        theirs = min(ours + above_ours, _HIGHEST_OOM_SCORE)
+        Path(f"/proc/{self.pid}/oom_score_adj").write_text(f"{theirs}\n", encoding="ascii")
 
     def kill_group(self) -> None:
         """SIGKILL it and what it started; it is not reaped, so the number is still its own."""
@@ -88,11 +107,12 @@ def spawn(
     inherit: Sequence[int],
     stderr: int,
     stdout: int | None = None,
+    user: User | None = None,
 ) -> Child:
     """
     Start *argv* as a child in a process group of its own, with the descriptors *inherit* open under their numbers.
 
-    Without *stdout* it has ours.
+    Without *stdout* it has ours. With *user* it has the rights of that user and its groups, and those of no other.
 
     All other descriptors of ours are close-on-exec, so that the child need not walk over thousands of them.
 
@@ -113,6 +133,9 @@ def spawn(
             stderr=stderr,
             close_fds=False,
             process_group=0,  # a terminal's Ctrl-C reaches the holder alone
+            user=None if user is None else user.uid,
+            group=None if user is None else user.gid,
+            extra_groups=None if user is None else user.groups,
         )
         popen.returncode = 0  # so that Popen reaps nothing: a Child does, by the pidfd
         return Child(popen.pid, os.pidfd_open(popen.pid))
@@ -125,7 +148,9 @@ def spawn(
             ) from missing
         raise PythonNotFound(f"there is no {missing.filename}; say --python, or make the venv first") from missing
     except PermissionError as refused:
-        raise PermissionRefused(f"{refused.filename} cannot be run or entered: {refused.strerror}") from refused
+        who = "" if user is None else f" by user {user.name}"
+        what = f"{refused.filename or argv[0]} cannot be run or entered{who}: {refused.strerror}"
+        raise PermissionRefused(what) from refused
     finally:
         for descriptor in inherit:
             os.set_inheritable(descriptor, False)

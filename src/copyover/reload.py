@@ -85,7 +85,7 @@ class Machine:
         transition = self._TRANSITIONS.get((self.phase, key))
         if transition is None:
             raise IllegalEvent(f"{key.__name__} has no transition while {self.phase.value}")
-        self.holdings.effects, self._now_s = [], now_s
+        self.holdings.effects, self._now_s, self.ledger.now_s = [], now_s, now_s
         transition(self, event)
         return self.holdings.effects
 
@@ -116,7 +116,7 @@ class Machine:
         finding = reunion.find(event.reports)
         # Timers of the dead holder's freezes still run in the workers: batches are numbered beyond all of its.
         holdings.number_on(max(holdings.workers) + 1, batch=int(self._now_s * 1000) + 1)
-        holdings.generation, holdings.wanted = finding.serving, asked.workers
+        holdings.generation, holdings.wanted, holdings.quotas = finding.serving, asked.workers, asked.quotas
         holdings.withdrawn |= finding.withdrawn
         holdings.note("reunited", generation=finding.serving, workers=len(event.reports), connections=len(self.ledger))
         if finding.unfinished:
@@ -263,7 +263,11 @@ class Machine:
 
     def _frozen(self, event: FromWorker) -> None:
         self._move.frozen(event)
-        self._check()
+        excess = self._move.excess(event.worker)
+        if self.phase is Phase.MOVING and excess is not None:
+            self._roll_back(excess)
+        else:
+            self._check()
 
     def _refused(self, event: FromWorker) -> None:
         self._move.refused(event)
@@ -339,6 +343,7 @@ class Machine:
         self._enter(Phase.SERVING)
         holdings.generation = change.asked.generation
         holdings.wanted = change.asked.workers
+        holdings.quotas = change.asked.quotas
         holdings.failures = 0
         for incumbent in change.move.living_incumbents():
             holdings.retire(incumbent, change.asked.drain_s)

@@ -23,12 +23,14 @@ from copyover import wire
 from copyover.change import Phase
 from copyover.config import Config  # noqa: TC001  # cattrs reads the annotations
 from copyover.errors import ChangeRefused, IllegalEvent
+from copyover.events import Quotas  # noqa: TC001  # cattrs reads the annotations
 from copyover.holdings import Holdings, Strength, Worker
 from copyover.ledger import Standing
 from copyover.listeners import Address  # noqa: TC001  # the same
 from copyover.messages import Hello  # noqa: TC001  # the same
 from copyover.release import Release  # noqa: TC001  # the same
 from copyover.reload import Machine
+from copyover.users import User  # noqa: TC001  # the same
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,7 +40,7 @@ FORMATS = (1, 1)  # the oldest and the newest that this release reads; it writes
 # Columns of the ledger's entries, little-endian. Standing and passage stay: nothing leaves before all is served.
 COLUMNS = {"cookie": "Q", "descriptor": "I", "listener": "I", "owner": "Q", "epoch": "Q"}
 # Fields of a Worker that mean something only while a move is under way.
-OF_THE_MOVE = ("is_off", "has_gathered", "has_entered", "shared", "unanswered", "queue")
+OF_THE_MOVE = ("is_off", "has_gathered", "has_entered", "shared", "unanswered", "queue", "parked_bytes")
 
 
 @attrs.frozen(kw_only=True)
@@ -56,6 +58,7 @@ class Held:
     withdrawn: list[int]
     workers: list[Worker]
     entries: dict[str, bytes]
+    quotas: Quotas
 
 
 @attrs.frozen(kw_only=True)
@@ -109,6 +112,7 @@ class Desk:
     control: int
     next_caller: int
     denied: int
+    group: int | None  # whose members may command
     callers: list[Caller]
 
 
@@ -163,6 +167,9 @@ class Estate:
     previous: Generation | None
     hands: list[Hand]
     held: Held
+    user: User | None  # as whom workers run
+    noted: list[dict[str, Any]]  # the chronicle
+    followers: list[int]
 
     def descriptors(self) -> Iterator[int]:
         """Name every descriptor that must live on."""
@@ -209,6 +216,7 @@ def hold(holdings: Holdings) -> Held:
         kept=list(holdings.kept.items()),
         withdrawn=sorted(holdings.withdrawn),
         workers=list(holdings.workers.values()),
+        quotas=holdings.quotas,
         entries={
             name: struct.pack(f"<{len(entries)}{code}", *[getattr(entry, name) for entry in entries])
             for name, code in COLUMNS.items()
@@ -227,7 +235,7 @@ def revive(held: Held, capacity: int) -> Machine:
     machine = Machine(capacity)
     holdings = machine.holdings
     holdings.generation, holdings.wanted, holdings.failures = held.generation, held.wanted, held.failures
-    holdings.is_full = held.is_full
+    holdings.is_full, holdings.quotas = held.is_full, held.quotas
     holdings.worker_numbers = itertools.count(held.next_worker)
     holdings.batches = itertools.count(held.next_batch)
     holdings.counters.update(held.counters)

@@ -132,6 +132,8 @@ class Server:
         self.expect_errors = False
         # Short, and not pytest's tmp_path: the path of a unix socket has 107 bytes at most. unix(7)
         self.directory = Path(tempfile.mkdtemp(prefix="co-"))
+        if settings.keys() & {"user", "control_group"}:
+            self.directory.chmod(0o711)  # else they could not pass through
         self.output = ""  # what was printed to stdout so far, the application's prints included
         self._log = self.directory / "log"
         self._environment = os.environ | {"COPYOVER_RUNTIME_DIR": str(self.directory)}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from copyover import config as configs
 from copyover import directory as directories
-from copyover import events, process
+from copyover import events, process, users
 from copyover.errors import CopyoverError, HolderExists, UsageError
 from copyover.holder import control, takeover, upgrade
 from copyover.holder.daemon import Daemon, capacity_for
@@ -65,18 +65,30 @@ def _boot(told: dict[str, Any], listening: Listening) -> tuple[Daemon, Callable[
     """Make a holder that has nothing yet; its first generation is to be started when it runs."""
     config = configs.load(told["file"], told["flags"])
     directory = directories.of(config.name)
-    directories.prepare(directory)
+    user = users.find(config.user, config.group)
+    group = None if config.control_group is None else users.group_id(config.control_group, key="control_group")
+    directories.prepare(directory, is_shared=user is not None or group is not None)
     lock = _take_lock(directory, config.name)
     machine = Machine(capacity_for(process.raise_descriptor_limit()))
-    left = takeover.gather(directory)
+    left = takeover.gather(directory, user)
     if left is None:
         listening.begin(config.addresses)
         directories.draw_key(directory)
     else:
         listening.adopt(left.listeners, left.names, left.serving, config.addresses)
-    sock = control.listen(directory)
+    sock = control.listen(directory, group)
     instance = uuid.uuid4().hex if left is None else left.instance
-    daemon = Daemon(told, config, machine, lock=lock, control_socket=sock, listening=listening, instance=instance)
+    daemon = Daemon(
+        told,
+        config,
+        machine,
+        lock=lock,
+        control_socket=sock,
+        control_group=group,
+        listening=listening,
+        instance=instance,
+        user=user,
+    )
     if left is None:
         return daemon, lambda: daemon.ask_reload(events.BY_BOOT)
     return daemon, lambda: daemon.take_over(left.hands, left.releases, left.reports)

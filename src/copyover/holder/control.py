@@ -28,6 +28,8 @@ log = logging.getLogger("copyover.holder")
 
 LONGEST_REQUEST = 64 << 10
 MOST_UNREAD = 8 << 20
+_SO_PEERGROUPS = 59  # asm-generic/socket.h; Linux 4.13
+_MOST_GROUP_BYTES = 1024  # what getsockopt of Python takes: 256 groups
 
 
 class BadRequest(CopyoverError):
@@ -69,12 +71,19 @@ class Caller:
     def has_unsent(self) -> bool:
         return bool(self._output)
 
-    @property
-    def is_permitted(self) -> bool:
-        """Only this user and root may command the holder. unix(7), SO_PEERCRED"""
+    def is_permitted(self, group: int | None) -> bool:
+        """Only this user, root and the members of *group* may command the holder. unix(7), SO_PEERCRED"""
         credentials = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        _, uid, _ = struct.unpack("3i", credentials)
-        return uid in (os.geteuid(), 0)
+        _, uid, gid = struct.unpack("3i", credentials)
+        return uid in (os.geteuid(), 0) or (group is not None and (gid == group or group in self._groups()))
+
+    def _groups(self) -> tuple[int, ...]:
+        """Return the supplementary groups that the caller had when it connected; none if they are too many."""
+        try:
+            found = self._socket.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _MOST_GROUP_BYTES)
+        except OSError:  # ERANGE
+            return ()
+        return struct.unpack(f"{len(found) // 4}I", found)
 
     def requests(self) -> list[dict[str, Any]]:
         """
@@ -127,7 +136,7 @@ class Caller:
 
 class Desk:
     """
-    The control socket, and everybody who is connected to it.
+    The control socket, and everybody who is connected to it: 0600, or 0660 and of *group*.
 
     Who is to answer is said when it opens; what is replied to a caller that has gone is dropped.
     """
@@ -138,11 +147,13 @@ class Desk:
         sock: socket.socket,
         watch: Callable[[Any, Callable[[], None], int], None],
         unwatch: Callable[[Any], None],
+        group: int | None = None,
     ) -> None:
         self._directory = directory
         self._watch = watch
         self._unwatch = unwatch
         self._answer: Callable[[int, dict[str, Any]], None] = _nobody
+        self._group = group
         self._socket = sock
         self._callers: dict[int, Caller] = {}
         self._numbers = itertools.count(1)
@@ -157,7 +168,7 @@ class Desk:
         self._watch(self, self.accept, selectors.EVENT_READ)
 
     def accept(self) -> None:
-        """Let in whoever waits; this user and root may speak."""
+        """Let in whoever waits; this user, root and the group may speak."""
         try:
             sock, _ = self._socket.accept()
         except OSError as problem:
@@ -166,11 +177,12 @@ class Desk:
             return
         number = next(self._numbers)
         caller = self._callers[number] = Caller(sock, number)
-        if caller.is_permitted:
+        if caller.is_permitted(self._group):
             self._watch(caller, lambda: self._hear(caller), selectors.EVENT_READ)
         else:
             self.denied += 1
-            self.reply(number, {"denied": "only the holder's own user and root may command it"}, is_last=True)
+            members = "" if self._group is None else ", and members of its control_group,"
+            self.reply(number, {"denied": f"only the holder's own user and root{members} may command it"}, is_last=True)
 
     def left(self) -> succession.Desk:
         """Return what the successor needs to know; a caller's number is used up by it."""
@@ -178,6 +190,7 @@ class Desk:
             control=self.fileno(),
             next_caller=next(self._numbers),
             denied=self.denied,
+            group=self._group,
             callers=[caller.left() for caller in self._callers.values()],
         )
 
@@ -241,14 +254,14 @@ class Desk:
             caller.close()
 
 
-def listen(directory: Directory) -> socket.socket:
+def listen(directory: Directory, group: int | None = None) -> socket.socket:
     """
-    Return the control socket of *directory*, 0600.
+    Return the control socket of *directory*, 0600; with *group* 0660 and of that.
 
     Bound under a temporary name and renamed: a dead holder's socket is replaced (the lock says that it is dead).
 
     Raises:
-        PermissionRefused: something else is in its place.
+        PermissionRefused: something else is in its place, or this user cannot give it to the group.
 
     """
     temporary = f"{directory.control}.{os.getpid()}"
@@ -261,7 +274,15 @@ def listen(directory: Directory) -> socket.socket:
     sock.listen(16)
     sock.setblocking(False)
     try:
+        if group is not None:
+            os.chown(temporary, -1, group)
+            Path(temporary).chmod(0o660)
         Path(temporary).rename(directory.control)
+    except PermissionError as problem:
+        Path(temporary).unlink()
+        raise PermissionRefused(
+            f"{directory.control} cannot be given to control_group (gid {group}): this user is neither root nor in it"
+        ) from problem
     except OSError as problem:
         Path(temporary).unlink()
         raise PermissionRefused(f"{directory.control} cannot be replaced: {problem.strerror}; remove it") from problem

@@ -10,18 +10,19 @@ import contextlib
 import itertools
 import logging
 import selectors
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from copyover import events, messages, process, slots, succession
+from copyover.channel import RETRY_S, Backlog
 from copyover.errors import ChangeRefused, ChannelClosed, CopyoverError, WireError
 from copyover.holder.hand import Hand, check_lend
 from copyover.holder.recovery import Orphan, SlotFile, is_current, recover
 from copyover.ledger import Standing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
     from copyover.channel import Packet
@@ -30,11 +31,15 @@ if TYPE_CHECKING:
     from copyover.holder.loop import Loop
     from copyover.release import Release
     from copyover.reload import Machine
-
-log = logging.getLogger("copyover.holder")
+    from copyover.users import User
 
 PACKETS_A_TURN = 64
 REASONS_TOLD = 10
+REAP_S = 10.0
+UNREAPABLE_ADVICE = (
+    "it was killed and does not end; its connections wait until it does: see its state and wchan in /proc, and which "
+    "disk or network file system does not answer"
+)
 
 
 @attrs.define
@@ -57,7 +62,7 @@ class Crew:
     """
     The worker processes.
 
-    *tell* takes an event; *settle* has it handled, and what that queues.
+    *tell* takes an event; *settle* has it handled, and what that queues; *note* writes down what happened.
     """
 
     def __init__(
@@ -68,19 +73,24 @@ class Crew:
         directory: Path,
         *,
         environment: dict[str, str],
+        user: User | None,
         tell: Callable[[events.Event], None],
         settle: Callable[[], None],
+        note: Callable[[str, Mapping[str, Any], int], None],
     ) -> None:
         self._loop = loop
         self._listening = listening
         self._directory = directory
         self._environment = environment
+        self._user = user
         self._machine = machine
         self._tell = tell
         self._settle = settle
+        self._note = note
         self.hands: dict[int, Hand] = {}
         self.generations: dict[int, Generation] = {}
         self.protocol_errors = 0
+        self._is_oom_refused = False
 
     # ---- starting
 
@@ -90,13 +100,16 @@ class Crew:
     def _start(self, worker: int, generation: int) -> None:
         try:
             release = self.generations[generation].release
-            hand = Hand.start(worker, generation, release, self._environment, self._make_slots(worker, generation))
+            slot_file = self._make_slots(worker, generation)
+            hand = Hand.start(worker, generation, release, self._environment, slots=slot_file, user=self._user)
         except (CopyoverError, OSError) as problem:
-            log.error("event=not-started worker=%d problem=%r", worker, str(problem))  # noqa: TRY400  # a sentence
+            self._note("not-started", {"worker": worker, "problem": str(problem)}, logging.ERROR)
             self._tell(events.Died(worker, str(problem)))
             return
+        if generation != self._machine.holdings.generation:
+            self._set_oom_score(hand, process.EXPENDABLE)
         self.attend(hand)
-        log.info("event=started worker=%d pid=%d generation=%d", worker, hand.pid, generation)
+        self._note("started", {"worker": worker, "pid": hand.pid, "generation": generation}, logging.INFO)
 
     def _make_slots(self, worker: int, generation: int) -> SlotFile:
         size = self.generations[generation].config.slot_bytes
@@ -110,16 +123,34 @@ class Crew:
         self._loop.watch(hand.channel, lambda: self._receive(hand))
         if hand.tail is not None:
             self._loop.watch(hand.tail, lambda: self._read_tail(hand))
-        hand.channel.on_backlog = lambda is_full: self._watch_channel(hand, is_full=is_full)
+        hand.channel.on_backlog = lambda backlog: self._watch_channel(hand, backlog)
 
-    def _watch_channel(self, hand: Hand, *, is_full: bool) -> None:
-        mask = selectors.EVENT_READ | (selectors.EVENT_WRITE if is_full else 0)
+    def _watch_channel(self, hand: Hand, backlog: Backlog) -> None:
+        mask = selectors.EVENT_READ | (selectors.EVENT_WRITE if backlog is Backlog.FULL else 0)
         self._loop.watch(hand.channel, lambda: self._receive(hand), mask)
+        if backlog is Backlog.SCARCE:
+            self._loop.set_timer(f"flush {hand.worker}", RETRY_S, lambda: self._receive(hand))
+        else:
+            self._loop.cancel_timer(f"flush {hand.worker}")
 
     def forget_generations(self, newest: int) -> None:
         """Keep those that have a worker, and the newest."""
         alive = {hand.generation for hand in self.hands.values()} | {newest}
         self.generations = {number: kept for number, kept in self.generations.items() if number in alive}
+
+    def favour(self, generation: int) -> None:
+        """It serves from now on: its workers are no more expendable than the holder."""
+        for hand in self.hands.values():
+            if hand.generation == generation:
+                self._set_oom_score(hand, 0)
+
+    def _set_oom_score(self, hand: Hand, above_ours: int) -> None:
+        try:
+            hand.child.set_oom_score(above_ours)
+        except OSError as problem:  # a preference of the kernel's and nothing more
+            if not self._is_oom_refused:
+                self._is_oom_refused = True
+                self._note("oom-score-not-set", {"worker": hand.worker, "problem": str(problem)}, logging.WARNING)
 
     # ---- succession
 
@@ -155,16 +186,22 @@ class Crew:
             for _ in range(PACKETS_A_TURN):
                 self._take_packet(hand, hand.channel.receive())
                 self._settle()
+                if hand.worker not in self.hands:
+                    return  # what it said ended them all
         except BlockingIOError:
             return
         except ChannelClosed:
-            self._loop.unwatch(hand.channel)  # not its death: that is for the pidfd to say
+            self._stop_hearing(hand)  # not its death: that is for the pidfd to say
         except (WireError, ChangeRefused) as problem:
-            log.error("event=refused worker=%d problem=%r", hand.worker, str(problem))  # noqa: TRY400  # a sentence
+            self._note("refused", {"worker": hand.worker, "problem": str(problem)}, logging.ERROR)
             self.protocol_errors += 1
             self._tell(events.FromWorker(hand.worker, messages.Failed(reason=str(problem), status=3)))
-            self._loop.unwatch(hand.channel)
-            hand.child.kill()
+            self._stop_hearing(hand)
+            self._kill(hand)
+
+    def _stop_hearing(self, hand: Hand) -> None:
+        self._loop.unwatch(hand.channel)
+        self._loop.cancel_timer(f"flush {hand.worker}")
 
     def _take_packet(self, hand: Hand, packet: Packet) -> None:
         with packet:
@@ -184,15 +221,26 @@ class Crew:
         """It broke the protocol: its word cannot be trusted for any connection."""
         self.protocol_errors += 1
         if worker in self.hands:
-            self.hands[worker].child.kill()
+            self._kill(self.hands[worker])
 
     # ---- ending
 
     def kill(self, worker: int) -> None:
         if worker in self.hands:
-            self.hands[worker].child.kill()
+            self._kill(self.hands[worker])
         elif self._loop.cancel_timer(f"spawn {worker}"):
             self._tell(events.Died(worker, "was not started any more"))
+
+    def _kill(self, hand: Hand) -> None:
+        hand.child.kill()
+        if not hand.is_unreapable and self._loop.deadline_s(f"reap {hand.worker}") is None:
+            self._loop.set_timer(f"reap {hand.worker}", REAP_S, lambda: self._report_unreapable(hand))
+
+    def _report_unreapable(self, hand: Hand) -> None:
+        """SIGKILL did not end it: it is in the kernel (state D), may still write, and so nothing of it may move."""
+        hand.is_unreapable = True
+        stuck = {"worker": hand.worker, "pid": hand.pid, "generation": hand.generation, "advice": UNREAPABLE_ADVICE}
+        self._note("unreapable", stuck, logging.ERROR)
 
     def end_all(self) -> None:
         """Kill and reap all at once: nothing ever served."""
@@ -206,8 +254,8 @@ class Crew:
     def _bury(self, hand: Hand) -> None:
         """Reap, read its channel to the end, and only then say that it is dead."""
         self._loop.unwatch(hand.child)
+        self._loop.cancel_timer(f"reap {hand.worker}")
         how = hand.child.reap()
-        self._loop.unwatch(hand.channel)
         for packet in hand.remaining():
             # The hello of a worker that died at once: there is nobody to welcome, or to refuse.
             with contextlib.suppress(WireError, ChangeRefused):
@@ -220,6 +268,7 @@ class Crew:
             self._loop.unwatch(hand.tail)
         recovered, ended = self._recover(hand)
         del self.hands[hand.worker]
+        self._stop_hearing(hand)  # only now: what it had sent may have been answered
         hand.close()
         self._tell(events.Died(hand.worker, words, recovered, ended))
         self._settle()
@@ -238,7 +287,7 @@ class Crew:
                 recovered[entry.cookie] = None
                 reset[entry.cookie] = found.reset[entry.cookie]
         for cookie, reason in itertools.islice((reset | found.interrupted).items(), REASONS_TOLD):
-            log.info("event=not-exact connection=%d reason=%r", cookie, reason)
+            self._note("not-exact", {"connection": cookie, "reason": reason}, logging.INFO)
         return recovered, found.ended
 
     def _policy(self, listener: int) -> str:

@@ -21,7 +21,8 @@ from copyover import directory as directories
 from copyover import events, process
 from copyover.change import Phase
 from copyover.errors import CopyoverError, IllegalEvent, UsageError
-from copyover.holder import control, report
+from copyover.holder import control, dump, report
+from copyover.holder.chronicle import Chronicle
 from copyover.holder.crew import Crew, Generation
 from copyover.holder.hand import environment, notify
 from copyover.holder.health import Health
@@ -39,11 +40,14 @@ if TYPE_CHECKING:
     from copyover.holder.listening import Listening
     from copyover.release import Release
     from copyover.reload import Machine
+    from copyover.users import User
 
 log = logging.getLogger("copyover.holder")
 
 PROGRESS_S = 0.05
 LISTENERS_S = 0.25  # how often the backlog of a removed listener is looked at
+# Their default action is to end the process. signal(7)
+ENDING_SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 RESERVED_DESCRIPTORS = 1024  # listeners, channels, callers, and lends under way when the holder is full
 
 
@@ -70,8 +74,10 @@ class Daemon:
         *,
         lock: int,
         control_socket: socket.socket,
+        control_group: int | None,
         listening: Listening,
         instance: str,
+        user: User | None,
     ) -> None:
         self.told = told
         self.config = config
@@ -79,24 +85,29 @@ class Daemon:
         self.lock = lock
         self.listening = listening
         self.instance = instance
+        self.user = user
+        self.chronicle = Chronicle()
         self.loop = Loop(self.settle)
         self._events: collections.deque[events.Event] = collections.deque()
-        directory = directories.of(config.name)
-        self._environment = environment(directory, instance)
+        self._directory = directories.of(config.name)
+        self._environment = environment(self._directory, instance)
         self.crew = Crew(
             self.loop,
             machine,
             listening,
-            directory.path,
+            self._directory.path,
             environment=self._environment,
+            user=user,
             tell=self._events.append,
             settle=self.settle,
+            note=self.chronicle.note,
         )
         self._health = Health(self.loop, self._events.append)
         self.newest = 0  # of the generations that were ever begun
         self.previous: Generation | None = None  # what served before, for a roll-back by hand
-        self.desk = control.Desk(directory, control_socket, self.loop.watch, self.loop.unwatch)
+        self.desk = control.Desk(self._directory, control_socket, self.loop.watch, self.loop.unwatch, control_group)
         self.waiting: set[int] = set()  # the callers that follow a change
+        self.followers: set[int] = set()  # those that follow the chronicle
         self.cancelling: set[int] = set()  # those that want it undone
         self._last_progress_s = 0.0
         self.last_reload: dict[str, Any] | None = None
@@ -110,7 +121,7 @@ class Daemon:
     def run(self, answer: Callable[[int, dict[str, Any]], None], begin: Callable[[], None]) -> int:
         """Call *begin*, then serve until stopped, *answer* the operators' requests; return the exit code."""
         self.desk.open(answer)
-        self.loop.catch_signals((signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGCHLD), self._signalled)
+        self.loop.catch_signals((*ENDING_SIGNALS, signal.SIGCHLD), self._signalled)
         begin()
         try:
             while self._exit_code is None:
@@ -119,7 +130,7 @@ class Daemon:
                     self._exit_code = 0
         finally:
             # Python restores the default action while it ends: a second SIGTERM would turn a clean exit into a death.
-            for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
+            for number in ENDING_SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
             self.desk.close()
             self.loop.close()
@@ -136,8 +147,23 @@ class Daemon:
             self.ask_reload(events.BY_SIGNAL)
         elif number in (signal.SIGTERM, signal.SIGINT):
             self.stop()
+        elif number == signal.SIGUSR1:
+            self._dump()
         elif number == signal.SIGCHLD:
             process.reap_orphans()
+
+    def _dump(self) -> None:
+        timers = {name: deadline_s - time.monotonic() for name, deadline_s in self.loop.deadlines_s().items()}
+        found = dump.content(self.machine, self.crew.hands, timers)
+        try:
+            path = dump.write(
+                self._directory.path,
+                {"name": self.config.name, "pid": os.getpid(), **found} | {"events": list(self.chronicle.kept)},
+            )
+        except OSError as problem:
+            self.chronicle.note("not-dumped", {"problem": str(problem)}, logging.ERROR)
+        else:
+            self.chronicle.note("dumped", {"path": str(path), "connections": len(self.machine.ledger)})
 
     def stop(self) -> None:
         self._is_asked_to_stop = True
@@ -163,7 +189,7 @@ class Daemon:
 
     def _refuse_event(self, event: events.Event, problem: IllegalEvent) -> None:
         """A worker that breaks the protocol is killed: its word cannot be trusted for any connection."""
-        log.error("event=refused problem=%r", str(problem))
+        self.chronicle.note("refused", {"problem": str(problem)}, logging.ERROR)
         if isinstance(event, events.FromWorker):
             for descriptor in event.descriptors:
                 os.close(descriptor)
@@ -186,8 +212,7 @@ class Daemon:
             case events.SetTimer(name, float() | int() as after_s):
                 self.set_timer(name, after_s)
             case events.Note(name, fields):
-                told = {key: value for key, value in fields.items() if value is not None}
-                log.info("event=%s %s", name, " ".join(f"{key}={_value(value)}" for key, value in told.items()))
+                self.chronicle.note(name, fields)
             case events.Finished(asker, result):
                 self._finished(asker, result)
             case events.CheckHealth(is_on):
@@ -243,6 +268,7 @@ class Daemon:
             needs_health=config.health is not None,
             is_one_way=is_one_way,
             added=self.listening.added(generation),
+            quotas=events.Quotas(config.worker_connections, config.worker_record_bytes),
             is_remembered=asker == events.BY_SIGNAL,
         )
 
@@ -302,12 +328,14 @@ class Daemon:
             self.previous = self.crew.generations.get(result.from_generation)
             self.config = self.crew.generations[result.to_generation].config
             self.crew.forget_generations(self.newest)
+            self.crew.favour(result.to_generation)
         if asker == events.BY_BOOT:
             self._booted(result, answer)
         elif asker == events.BY_SIGNAL:
             notify("READY=1")
             if answer["exit_code"]:
-                log.error("event=reload-failed outcome=%s error=%r", answer["outcome"], answer["error"])
+                failed = {"outcome": answer["outcome"], "error": answer["error"]}
+                self.chronicle.note("reload-failed", failed, logging.ERROR)
         else:
             self.waiting.discard(asker)
             self.desk.reply(asker, {"result": answer}, is_last=True)
@@ -347,8 +375,3 @@ class Daemon:
         with contextlib.suppress(OSError):  # nobody may read it any more
             print(f"ready name={self.config.name} pid={os.getpid()} listen={where}", flush=True)  # noqa: T201
         notify("READY=1")
-
-
-def _value(value: object) -> str:
-    text = str(value)
-    return repr(text) if not text or " " in text or '"' in text or "=" in text else text

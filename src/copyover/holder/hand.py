@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from copyover.directory import Directory
     from copyover.listeners import Listener
     from copyover.release import Release
+    from copyover.users import User
 
 log = logging.getLogger("copyover.holder")
 
@@ -107,13 +108,21 @@ class Hand:
         self.started_s = started_s
         self.hello: messages.Hello | None = None
         self.ready: messages.Ready | None = None
+        self.is_unreapable = False  # it was killed, and does not die
 
     @classmethod
     def start(
-        cls, worker: int, generation: int, release: Release, environment: dict[str, str], slots: SlotFile
+        cls,
+        worker: int,
+        generation: int,
+        release: Release,
+        environment: dict[str, str],
+        *,
+        slots: SlotFile,
+        user: User | None,
     ) -> Hand:
         """
-        Start the process.
+        Start the process, as *user* if one is given.
 
         Raises:
             PythonNotFound: the release's interpreter or directory is gone.
@@ -134,9 +143,10 @@ class Hand:
             child = process.spawn(
                 release.command,
                 cwd=release.directory,
-                env=environment | own,
+                env=environment | own | ({} if user is None else user.environment),
                 inherit=(theirs.fileno(), real_stderr, slots.fileno()),
                 stderr=write_end,
+                user=user,
             )
         except BaseException:
             ours.close()

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from copyover.change import Phase
 from copyover.errors import AddressInUse, BadAddress, PermissionRefused
 from copyover.events import Outcome, Result
+from copyover.holder.blocking import blocked_by
 from copyover.holdings import Strength
 from copyover.ledger import Standing
 from copyover.sockets import cookie_of, network_of, place_of_descriptor, plight_of_descriptor
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
     from copyover.holder.hand import Hand
     from copyover.holder.listening import Changes
+    from copyover.holdings import Worker
     from copyover.ledger import Entry
     from copyover.listeners import Listener
     from copyover.reload import Machine
 
 SCHEMA = 1
-BLOCKING_SHOWN = 10
 _ADDRESS_CODES = frozenset(kind.exit_code for kind in (AddressInUse, PermissionRefused, BadAddress))
 
 
@@ -107,14 +107,14 @@ def status(machine: Machine, hands: Mapping[int, Hand], *, now_s: float, deadlin
         "phase": {
             "name": machine.phase.value,
             "deadline_in_s": None if deadline_s is None else round(max(deadline_s - now_s, 0.0), 3),
-            "blocked_by": _blocking(machine),
+            "blocked_by": blocked_by(machine, hands, now_s),
         },
         "workers": [
             {
                 "worker": worker.id,
                 "pid": hands[worker.id].pid if worker.id in hands else None,
                 "generation": worker.generation,
-                "state": worker.strength.value,
+                "state": _state(worker, hands.get(worker.id)),
                 "release": {
                     "directory": hands[worker.id].release.directory,
                     "python": hands[worker.id].release.python,
@@ -123,6 +123,7 @@ def status(machine: Machine, hands: Mapping[int, Hand], *, now_s: float, deadlin
                 if worker.id in hands
                 else None,
                 "connections": owned[worker.id],
+                "is_full": worker.is_full,
             }
             for worker in machine.holdings.workers.values()
         ],
@@ -131,8 +132,17 @@ def status(machine: Machine, hands: Mapping[int, Hand], *, now_s: float, deadlin
             "parked": sum(entry.standing is Standing.PARKED for entry in machine.ledger.entries.values()),
             "kept": len(machine.holdings.kept),
         },
+        "limits": {
+            "connections": machine.holdings.capacity,
+            "worker_connections": machine.holdings.quotas.connections,
+            "is_full": machine.holdings.is_full,
+        },
         "counters": dict(sorted(machine.holdings.counters.items())),
     }
+
+
+def _state(worker: Worker, hand: Hand | None) -> str:
+    return "unreapable" if hand is not None and hand.is_unreapable else worker.strength.value
 
 
 def is_serving(machine: Machine) -> bool:
@@ -140,20 +150,6 @@ def is_serving(machine: Machine) -> bool:
         worker.strength is Strength.READY and worker.generation == machine.holdings.generation
         for worker in machine.holdings.workers.values()
     )
-
-
-def _blocking(machine: Machine) -> list[dict[str, Any]]:
-    """Return who the phase waits for: workers while booting, connections while moving."""
-    change = machine.change
-    if change is None:
-        return []
-    if machine.phase is Phase.BOOTING:
-        booting = [w for w in change.move.replacements if machine.holdings.workers[w].strength is Strength.BOOTING]
-        return [{"worker": worker, "reason": "not ready yet"} for worker in booting[:BLOCKING_SHOWN]]
-    entries = [
-        machine.ledger.entries[c] for c in list(change.move.open)[:BLOCKING_SHOWN] if c in machine.ledger.entries
-    ]
-    return [{"connection": e.cookie, "worker": e.owner, "reason": e.standing.value} for e in entries]
 
 
 def connection_object(entry: Entry, machine: Machine, listener: str, peer: str | None) -> dict[str, Any]:

@@ -35,12 +35,14 @@ class Requests:
             "reload": self._reload,
             "status": lambda caller, _: self._tell(caller, self._status()),
             "connections": lambda caller, _: self._tell(caller, self._connections()),
+            "events": self._events,
             "cancel": self._cancel,
             "rollback": self._roll_back,
             "ledger": self._ledger,
             "stop": self._stop,
             "upgrade": self._ask_upgrade,
         }
+        daemon.chronicle.on_event = self._tell_followers
 
     def answer(self, caller: int, request: dict[str, Any]) -> None:
         """Answer one request, or promise an answer."""
@@ -116,6 +118,21 @@ class Requests:
     def _stop(self, caller: int, _: dict[str, Any]) -> None:
         self._tell(caller, {"pid": os.getpid()})
         self._daemon.stop()
+
+    def _events(self, caller: int, request: dict[str, Any]) -> None:
+        kept = list(self._daemon.chronicle.kept)
+        if not request.get("follow", False):
+            self._tell(caller, {"events": kept})
+            return
+        self._daemon.followers.add(caller)
+        for noted in kept:
+            self._daemon.desk.reply(caller, {"event": noted})
+
+    def _tell_followers(self, noted: dict[str, Any]) -> None:
+        daemon = self._daemon
+        daemon.followers = {caller for caller in daemon.followers if daemon.desk.is_present(caller)}
+        for caller in daemon.followers:
+            daemon.desk.reply(caller, {"event": noted})
 
     def _status(self) -> dict[str, Any]:
         daemon, now_s = self._daemon, time.monotonic()

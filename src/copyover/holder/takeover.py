@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from copyover.directory import Directory
+    from copyover.users import User
 
 log = logging.getLogger("copyover.holder")
 
@@ -62,11 +63,11 @@ class Arrival:
 class Gathering:
     """Waits until every registered worker has reported, or is dead."""
 
-    def __init__(self, directory: Directory, workers: Mapping[Path, int]) -> None:
+    def __init__(self, directory: Directory, workers: Mapping[Path, int], user: User | None) -> None:
         self._directory = directory
         self._key = directories.read_key(directory)
         self._expected = {pid: Arrival(pid, os.pidfd_open(pid), path) for path, pid in workers.items()}
-        self._door = _open_door(directory)
+        self._door = _open_door(directory, user)
         self._strangers: dict[int, Channel] = {}
         self._poll = select.poll()
         self._poll.register(self._door, select.POLLIN)
@@ -167,7 +168,7 @@ class Gathering:
             arrival.is_complete = True
 
 
-def _open_door(directory: Directory) -> socket.socket:
+def _open_door(directory: Directory, user: User | None) -> socket.socket:
     directory.workers.unlink(missing_ok=True)
     door = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     before = os.umask(0o177)
@@ -175,6 +176,8 @@ def _open_door(directory: Directory) -> socket.socket:
         door.bind(str(directory.workers))
     finally:
         os.umask(before)
+    if user is not None:
+        os.chown(directory.workers, user.uid, -1)
     door.listen(64)
     door.setblocking(False)
     return door
@@ -224,7 +227,7 @@ class Inheritance:
     serving: set[int]
 
 
-def gather(directory: Directory) -> Inheritance | None:
+def gather(directory: Directory, user: User | None) -> Inheritance | None:
     """
     Hear the workers that the last holder of the name has left; None if none of them lives.
 
@@ -232,7 +235,7 @@ def gather(directory: Directory) -> Inheritance | None:
     """
     registered = directories.registered(directory)
     living = {path: pid for path, pid in registered.items() if pid}
-    arrivals = Gathering(directory, living).wait() if living else []
+    arrivals = Gathering(directory, living, user).wait() if living else []
     for path in set(registered) - {arrival.file for arrival in arrivals}:
         path.unlink(missing_ok=True)
     if not arrivals:

@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from copyover.holder.listening import Listening
-
-log = logging.getLogger("copyover.holder")
-
 PATIENCE_S = 30.0  # for the check, and for a moment at which nothing is on its way
 LOOK_AGAIN_S = 0.02
 LONGEST_ANSWER = 4096
@@ -84,7 +81,7 @@ class Upgrade:
         except (CopyoverError, OSError) as problem:
             self._refuse(caller, "refused", str(problem))
             return
-        log.info("event=upgrade-checked-by pid=%d python=%s", attempt.child.pid, attempt.python)
+        self._daemon.chronicle.note("upgrade-checked-by", {"pid": attempt.child.pid, "python": attempt.python})
         loop = self._daemon.loop
         loop.watch(attempt.child, lambda: self._checked(attempt))
         loop.watch(attempt.tail, lambda: self._read_tail(attempt))
@@ -223,13 +220,16 @@ class Upgrade:
             previous=None if daemon.previous is None else daemon.previous.left(),
             hands=hands,
             held=succession.hold(daemon.machine.holdings),
+            user=daemon.user,
+            noted=list(daemon.chronicle.kept),
+            followers=sorted(daemon.followers),
         )
 
     # ---- refusals
 
     def _fail(self, attempt: Attempt, outcome: str, why: str, stderr_tail: list[str] | None = None) -> None:
         self._attempt = None
-        log.error("event=upgrade-failed outcome=%s problem=%r", outcome, why)
+        self._daemon.chronicle.note("upgrade-failed", {"outcome": outcome, "problem": why}, logging.ERROR)
         self._refuse(attempt.caller, outcome, why, stderr_tail)
 
     def _refuse(self, caller: int, outcome: str, why: str, stderr_tail: list[str] | None = None) -> None:
@@ -295,9 +295,13 @@ def resume(memfd: int, listening: Listening) -> tuple[Daemon, Callable[[], None]
         machine,
         lock=estate.lock,
         control_socket=socket.socket(fileno=estate.desk.control),
+        control_group=estate.desk.group,
         listening=listening,
         instance=estate.instance,
+        user=estate.user,
     )
+    daemon.chronicle.inherit(estate.noted)
+    daemon.followers = set(estate.followers)
     daemon.newest, daemon.started_s, daemon.last_reload = estate.newest, estate.started_s, estate.last_reload
     daemon.previous = None if estate.previous is None else Generation.inherit(estate.previous)
     daemon.crew.inherit(estate)
@@ -321,8 +325,8 @@ def _begin(daemon: Daemon, departure: succession.Departure) -> None:
     process.reap_orphans()
     daemon.end_served_listeners()
     away_ms = round((time.monotonic() - departure.left_s) * 1000, 3)
-    versions = (departure.copyover, copyover.__version__)
-    log.info("event=upgraded from=%s to=%s connections=%d away_ms=%.1f", *versions, len(daemon.machine.ledger), away_ms)
+    versions = {"from": departure.copyover, "to": copyover.__version__}
+    daemon.chronicle.note("upgraded", {**versions, "connections": len(daemon.machine.ledger), "away_ms": away_ms})
     notify("READY=1")
     result = {
         "outcome": "done",

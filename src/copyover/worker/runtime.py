@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, assert_never
 import attrs
 
 from copyover import messages
+from copyover.channel import RETRY_S, Backlog
 from copyover.errors import ChannelClosed, CopyoverError, IllegalEvent, LimitExceeded, WireError
 from copyover.sockets import cookie_of
 from copyover.worker import effects
@@ -173,18 +174,21 @@ class Runtime:
             records[cookie] = connection.export(schema=self._application.schema, state=state)
         self._perform(self._agent.recalled(records, self._numbers))
 
-    def _on_backlog(self, is_full: bool) -> None:  # noqa: FBT001
+    def _on_backlog(self, backlog: Backlog) -> None:
         if self._channel is None:
             return
-        if is_full:
+        if backlog is Backlog.FULL:
             self._loop.add_writer(self._channel.fileno(), self._flush_channel)
         else:
             self._loop.remove_writer(self._channel.fileno())
-        self._acceptor.hold("backlog", is_held=is_full)
+        if backlog is Backlog.SCARCE:
+            self._loop.call_later(RETRY_S, self._flush_channel)
+        self._acceptor.hold("backlog", is_held=backlog is not Backlog.NONE)
         self._leave_if_done()
 
     def _flush_channel(self) -> None:
-        assert self._channel is not None
+        if self._channel is None:
+            return  # the holder went while this waited for its time
         try:
             self._channel.flush()
         except ChannelClosed:
