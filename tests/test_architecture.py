@@ -83,7 +83,7 @@ ROOMS: dict[str, set[str]] = {
         *("holder.hand", "holder.listening", "holder.loop", "holder.recovery"),
     },
     "holder.takeover": {
-        *("channel", "directory", "errors", "events", "messages", "process", "release", "reunion"),
+        *("channel", "directory", "errors", "events", "messages", "process", "release", "reunion", "sockets"),
         *("users", "wire", "holder.hand", "holder.recovery"),
     },
     "holder.health": {"errors", "events", "holder.loop", "process"},
@@ -137,7 +137,7 @@ ROOMS: dict[str, set[str]] = {
         *("worker.application", "worker.connection", "worker.runtime", "worker.seeking", "worker.slot"),
     },
     # ---- the operator's side, and the user's tests
-    "console": {"directory", "errors"},
+    "console": {"directory", "errors", "sockets"},
     "cli": {"audit", "comparison", "config", "console", "directory", "errors", "witness"},
     "witness": {"audit", "comparison"},
     "audit": {"comparison", "console", "errors", "sockdiag", "sockets"},

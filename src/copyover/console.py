@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from copyover import directory as directories
 from copyover.errors import HolderAbsent, PermissionRefused
+from copyover.sockets import connect_unix
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -39,9 +40,10 @@ def call(name: str, request: dict[str, Any], *, patience_s: float | None) -> Ite
     """
     path = directories.of(name).control
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(patience_s)
         try:
-            sock.connect(str(path))
+            connect_unix(sock, str(path), patience_s=patience_s)
+        except TimeoutError:
+            raise
         except PermissionError as refused:
             raise Denied(f"this user may not command the holder {name!r} at {path}") from refused
         except OSError as absent:

@@ -192,6 +192,26 @@ def place_of_descriptor(descriptor: int) -> tuple[int, int]:
         sock.detach()
 
 
+def connect_unix(sock: socket.socket, path: str, *, patience_s: float | None) -> None:
+    """
+    Connect, waiting while the listener's backlog is full; then *sock* has that time-out for everything.
+
+    A socket that does not block is refused at once instead. unix(7), EAGAIN; socket(7), SO_SNDTIMEO.
+
+    Raises:
+        TimeoutError: the backlog stayed full for *patience_s* seconds.
+
+    """
+    if patience_s is not None:
+        limit = struct.pack("ll", int(patience_s), int(patience_s % 1 * 1e6))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+    try:
+        sock.connect(path)
+    except BlockingIOError as full:
+        raise TimeoutError(f"{path} lets nobody in") from full
+    sock.settimeout(patience_s)
+
+
 def peer_of_descriptor(descriptor: int) -> str | None:
     """Return the peer's address of a borrowed descriptor in words; None when it has gone already."""
     sock = socket.socket(fileno=descriptor)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("copyover.holder")
 
 LONGEST_REQUEST = 64 << 10
+BACKLOG = 128
 MOST_UNREAD = 8 << 20
 _SO_PEERGROUPS = 59  # asm-generic/socket.h; Linux 4.13
 _MOST_GROUP_BYTES = 1024  # what getsockopt of Python takes: 256 groups
@@ -271,7 +272,7 @@ def listen(directory: Directory, group: int | None = None) -> socket.socket:
         sock.bind(temporary)
     finally:
         os.umask(before)
-    sock.listen(16)
+    sock.listen(BACKLOG)
     sock.setblocking(False)
     try:
         if group is not None:

@@ -26,6 +26,7 @@ from copyover.errors import ChannelClosed, WireError
 from copyover.holder.hand import Hand, check_cookies
 from copyover.holder.recovery import SlotFile, is_current
 from copyover.release import Release
+from copyover.sockets import connect_unix
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -311,10 +312,9 @@ def end_stalled(directory: Directory, pid: int) -> bool:
     It is never bypassed: while it lives it may wake up, and both would serve.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asked:
-        asked.settimeout(PATIENCE_S)
         try:
-            asked.connect(str(directory.control))
-            _, _, _ = credentials = struct.unpack("3i", asked.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            connect_unix(asked, str(directory.control), patience_s=PATIENCE_S)
+            credentials = struct.unpack("3i", asked.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
             asked.sendall(b'{"do": "ping"}\n')
             if credentials[0] != pid or asked.recv(1):
                 return False
