@@ -31,6 +31,8 @@ PURE = {
     "change",
     "parking",
     "reunion",
+    "peace",
+    "undoing",
     "reload",
     "slots",
     "holder.verdict",
@@ -55,7 +57,11 @@ ROOMS: dict[str, set[str]] = {
     "change": {"events", "move"},
     "parking": {"events", "holdings", "ledger", "messages"},
     "reunion": {"events", "holdings", "ledger", "messages"},
-    "reload": {"change", "errors", "events", "holdings", "ledger", "messages", "move", "parking", "reunion"},
+    "peace": {"change", "errors", "events", "holdings", "ledger", "messages", "move", "parking"},
+    "undoing": {"change", "errors", "events", "messages", "peace"},
+    "reload": {
+        *("change", "errors", "events", "holdings", "messages", "move", "peace", "reunion", "undoing"),
+    },
     # ---- from one holder to the next
     "succession": {
         *("change", "config", "errors", "events", "holdings", "ledger", "listeners", "messages", "release", "reload"),
