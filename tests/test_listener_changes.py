@@ -388,3 +388,68 @@ def test_a_roll_back_closes_what_came_by_an_added_listener(copyover_server: Serv
             assert client.ask(b"1\n") == b"go on\n"
         assert is_refused(added)
         assert places(server) == before
+
+
+# ---- from one holder to the next
+
+
+@pytest.mark.parametrize("way", ["upgrade", "takeover"])
+def test_another_holder_knows_the_listeners_and_what_has_left(
+    copyover_server: Servers, tmp_path: Path, way: str
+) -> None:
+    """Numbers and names, what is served and what is ending; the next reload changes them as any."""
+    path = tmp_path / "x.sock"
+    listen = ["web=127.0.0.1:0", "gone=127.0.0.1:0", f"local=unix://{path}"]
+    server = copyover_server("handlers:on_listener", chdir=APPS, listen=listen)
+    gone = places(server)["gone"]
+    with Client(gone) as early:
+        assert early.ask(b"a\n") == b"gone a\n"
+        server.configure(listen=["web=127.0.0.1:0", "more=127.0.0.1:0", listen[2]])
+        server.reload().assert_lossless()
+        before = places(server)
+        if way == "upgrade":
+            assert server._run("upgrade").returncode == 0
+        else:
+            server.kill()
+            server.run()
+        assert places(server) == before
+        wait_ended(server, "gone")
+        assert is_refused(gone)
+        assert [row["listener"] for row in server.connections()] == ["gone"]
+        result = server.reload().assert_lossless()
+        assert result.answer["listeners"] == {"added": [], "removed": []}
+        assert places(server) == before
+        server.configure(listen=["web=127.0.0.1:0", "last=127.0.0.1:0"])
+        server.reload().assert_lossless()
+        for name, where in places(server).items():
+            with Client(where) as late:
+                assert late.ask(b"b\n") == name.encode() + b" b\n"
+        assert early.ask(b"c\n") == b"gone c\n"
+        assert not path.exists()
+
+
+def test_a_holder_that_is_killed_leaves_no_listener_of_a_change(copyover_server: Servers) -> None:
+    """The next one rolls back: what came by an added listener is closed, and the listener with it."""
+    config = {"boundary_s": 120.0, "timeout_s": 120.0}
+    server = copyover_server(
+        "handlers:two_parts", chdir=APPS, listen=["web=127.0.0.1:0"], move="rolling", config=config
+    )
+    server.configure(listen=["web=127.0.0.1:0", "late=127.0.0.1:0"])
+    with Client(server.address) as busy:
+        assert busy.ask(b"5\n") == b"go on\n"
+        server.reload(no_wait=True)
+        while server.status()["phase"]["name"] != "moving":
+            assert server.status()["is_serving"]
+        added = places(server, "added")["late"]
+        with Client(added) as came:
+            assert came.ask(b"3\n") == b"go on\n"
+            server.kill()
+            server.run()
+            busy.send(b"12345")
+            assert busy.line() == b"got 12345\n"
+            assert came.receive(1) == b""
+        while server.status()["phase"]["name"] != "serving":
+            assert server.status()["is_serving"]
+        assert is_refused(added)
+        assert list(places(server)) == ["web"]
+        assert busy.ask(b"1\n") == b"go on\n"
