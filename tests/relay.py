@@ -63,7 +63,7 @@ def install(directory: Path, python: str = sys.executable) -> str:
 def arm(directory: Path, fault: Fault) -> None:
     """Let the relay that it concerns commit *fault*, once."""
     disarm(directory)
-    _write(directory / fault.process, fault._asdict())
+    _write(directory / fault.process, {"armed_s": time.monotonic(), "fault": fault._asdict()})
 
 
 def disarm(directory: Path) -> dict[str, Any] | None:
@@ -88,17 +88,21 @@ class _Orders:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self._started_s = time.monotonic()
         self._mine = Path()
         self.fault: Fault | None = None
 
     def take(self, process: str) -> bool:
-        """Take a fault for *process*, if there is one: whoever renames its file has it, of several relays one."""
-        self._mine = self._directory / f"{process}.{os.getpid()}"
+        """Take the fault for *process*, if there is one: whoever renames its file has it, of several relays one."""
+        theirs, mine = self._directory / process, self._directory / f"{process}.{os.getpid()}"
         try:
-            (self._directory / process).rename(self._mine)
+            told = json.loads(theirs.read_text(encoding="utf-8"))
+            if process == "incumbent" and told["armed_s"] < self._started_s:
+                return False  # we are the replacement
+            theirs.rename(mine)
         except FileNotFoundError:
             return False
-        self.fault = Fault(**json.loads(self._mine.read_text(encoding="utf-8")))
+        self._mine, self.fault = mine, Fault(**told["fault"])
         return True
 
     def see(self) -> bool:

@@ -70,7 +70,7 @@ class Site:
         self.directory = directory
         python = relay.install(directory)
         settings = {"app": "faults:handler", "chdir": str(APPS), "listen": ["127.0.0.1:0"], "python": python}
-        limits = {"boundary_s": 2.0, "drain_timeout_s": 2.0, "loop": "asyncio"}
+        limits = {"timeout_s": 3.0, "boundary_s": 1.0, "drain_timeout_s": 2.0, "loop": "asyncio"}
         self.server = Server("test", settings | limits)
         self.operator = Operator(self.server.directory / "test" / "control.sock")
         self.crowd = Crowd(self.server.address, CLIENTS)
