@@ -16,6 +16,7 @@ For the holder the relay is the worker. That holds because of how it ends:
 from __future__ import annotations
 
 import array
+import contextlib
 import ctypes
 import json
 import os
@@ -154,7 +155,9 @@ class Relay:
         self._ends["down"], theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             self._ends["down"].setsockopt(socket.SOL_SOCKET, option, 4 << 20)
-        os.set_inheritable(theirs.fileno(), True)
+        # The worker has our end too: our death is no EOF to it, which would come before its own death.
+        for end in (theirs, self._ends["down"]):
+            os.set_inheritable(end.fileno(), True)
         environment = os.environ | {"COPYOVER_CHANNEL": str(theirs.fileno())}
         us = os.getpid()
         self._worker = subprocess.Popen(command, env=environment, close_fds=False, preexec_fn=lambda: _die_with(us))
@@ -190,6 +193,8 @@ class Relay:
         if packet is None:  # its end reaches the other side as it would have, and the worker may live on
             self._release_held()
             for end in self._ends.values():
+                with contextlib.suppress(OSError):  # it is shut down
+                    end.shutdown(socket.SHUT_RDWR)
                 end.close()
             self._ends.clear()
             return
@@ -254,7 +259,8 @@ class Relay:
         """What was stopped for a moment goes on; what was to be overtaken, and was not, follows."""
         self._alarm_s = None
         self._release_held()
-        self._worker.send_signal(signal.SIGCONT)
+        if self._worker.poll() is None:
+            self._worker.send_signal(signal.SIGCONT)
         self._holder.signal(signal.SIGCONT)
 
     def _release_held(self) -> None:
@@ -264,7 +270,7 @@ class Relay:
     def _end(self) -> NoReturn:
         """Reap the worker, forward all that it had sent, and end as it did."""
         status = self._worker.wait()
-        self._release_held()
+        self._go_on()
         while "down" in self._ends and select.select([self._ends["down"]], [], [], 0)[0]:
             packet = receive(self._ends["down"])
             if packet is None:
