@@ -27,8 +27,8 @@ class Operator:
     def ask(self, do: str, **wishes: Any) -> dict[str, Any]:
         """Return the last answer to one request."""
         with socket.socket(socket.AF_UNIX) as caller:
+            caller.connect(str(self._path))  # waits where the backlog is full; with a time-out it would not. unix(7)
             caller.settimeout(DEADLINE_S)
-            caller.connect(str(self._path))
             caller.sendall(json.dumps({"do": do, **wishes}).encode() + b"\n")
             with caller.makefile("rb") as answers:
                 *_, last = answers
