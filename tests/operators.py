@@ -25,14 +25,22 @@ class Operator:
         self._path = path
 
     def ask(self, do: str, **wishes: Any) -> dict[str, Any]:
-        """Return the last answer to one request."""
+        """
+        Return the last answer to one request.
+
+        Raises:
+            ConnectionError: the holder went away before it.
+
+        """
         with socket.socket(socket.AF_UNIX) as caller:
             caller.connect(str(self._path))  # waits where the backlog is full; with a time-out it would not. unix(7)
             caller.settimeout(DEADLINE_S)
             caller.sendall(json.dumps({"do": do, **wishes}).encode() + b"\n")
             with caller.makefile("rb") as answers:
-                *_, last = answers
-        answer: dict[str, Any] = json.loads(last)
+                lines = [json.loads(line) for line in answers]
+        if not lines or "progress" in lines[-1]:
+            raise ConnectionError("the holder went away before it answered")
+        answer: dict[str, Any] = lines[-1]
         return answer.get("result", answer)  # type: ignore[no-any-return]  # it is an object too
 
     def status(self) -> dict[str, Any]:

@@ -67,15 +67,15 @@ def arm(directory: Path, fault: Fault) -> None:
     _write(directory / fault.process, {"armed_s": time.monotonic(), "fault": fault._asdict()})
 
 
-def disarm(directory: Path) -> dict[str, Any] | None:
-    """Return what became of the fault, None if it never came to it; no relay commits it any more."""
+def disarm(directory: Path) -> bool:
+    """Call the fault off; True if it has been committed."""
     for process in PROCESSES:
         for told in directory.glob(f"{process}*"):
             told.unlink(missing_ok=True)
-    told = directory / "committed"
-    committed: dict[str, Any] | None = json.loads(told.read_text(encoding="utf-8")) if told.exists() else None
-    told.unlink(missing_ok=True)
-    return committed
+    committed = directory / "committed"
+    was_committed = committed.exists()
+    committed.unlink(missing_ok=True)
+    return was_committed
 
 
 def _write(path: Path, told: dict[str, Any]) -> None:
@@ -113,6 +113,14 @@ class _Orders:
         self.fault = None
         return self.take("incumbent")
 
+    def claim(self) -> bool:
+        """Say that the fault is committed; False if it is called off. Both are one rename, so that none gets lost."""
+        try:
+            self._mine.rename(self._directory / "committed")
+        except FileNotFoundError:
+            return False
+        return True
+
 
 # ---- the process
 
@@ -149,7 +157,6 @@ class Relay:
     """One worker's relay; *up* is the holder's channel, *down* the worker's."""
 
     def __init__(self, directory: Path, command: list[str]) -> None:
-        self._directory = directory
         self._holder = _Holder()
         self._ends = {"up": _inherited("COPYOVER_CHANNEL")}
         self._ends["down"], theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -214,7 +221,7 @@ class Relay:
         fault = self._orders.fault
         if fault is None or (fault.direction, fault.n) != (direction, self._packets[direction]):
             return None
-        return fault
+        return fault if self._orders.claim() else None
 
     def _pass(self, direction: str, packet: Packet) -> None:
         if direction in self._ends:
@@ -224,8 +231,6 @@ class Relay:
     # ---- the faults
 
     def _commit(self, fault: Fault, direction: str, packet: Packet) -> None:
-        told = {"fault": fault.fault, "direction": direction, "n": fault.n, "kind": packet.payload[3]}
-        _write(self._directory / "committed", told)
         match fault.fault:
             case "kill":
                 if direction == "up":  # sent is sent; what it did not read before it died it never had

@@ -150,9 +150,10 @@ def commit(site: Site, fault: relay.Fault, move: str) -> bool:
     relay.arm(site.directory, fault)
     reloaded = site.reload(move=move)
     site.operator.wait_settled()
+    is_committed = relay.disarm(site.directory)
+    site.operator.wait_settled()
     site.crowd.wait_round()
-    committed = relay.disarm(site.directory)
-    if committed is None:
+    if not is_committed:
         reloaded.assert_done()
         return False
     reset = {kind: count - before.get(kind, 0) for kind, count in site.crowd.tally.resets.items()}
