@@ -238,7 +238,7 @@ def hello_twice(worker: Impostor) -> None:
 def odd_schemas(worker: Impostor) -> None:
     worker.hello()
     worker.receive()
-    worker.channel.send(messages.Ready(application="x", loop="x", writes=1, reads=["1"], shares=False))
+    worker.channel.send(messages.Ready(application="x", loop="x", writes=1, reads=["1"], shares=False))  # type: ignore[list-item]  # that is the way
 
 
 def too_many_staged(worker: Impostor) -> None:
@@ -312,7 +312,9 @@ def deaf_once_thawed(worker: Impostor) -> None:
 
 
 WAYS: dict[str, Callable[[Impostor], None]] = {
-    name: way for name, way in list(globals().items()) if getattr(way, "__annotations__", {}).get("worker") == "Impostor"
+    name: way
+    for name, way in list(globals().items())
+    if getattr(way, "__annotations__", {}).get("worker") == "Impostor"
 }
 LENDS_ITS_OWN = ("same_connection_again",)  # which is lost with it
 SILENT = ("deaf", "deaf_once_staged", "deaf_once_thawed")  # these break no rule but the deadline

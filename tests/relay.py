@@ -32,7 +32,7 @@ from typing import Any, NamedTuple, NoReturn
 LARGEST_BYTES = 1 << 18  # more than any packet: what is too long arrives as it was sent
 _RIGHTS_BYTES = socket.CMSG_SPACE(1024)
 _PR_SET_PDEATHSIG = 1
-BRIEFLY_S = 0.1  # how long something is stopped that goes on again, and how long a packet waits to be overtaken
+BRIEFLY_S = 0.05  # how long something is stopped that goes on again, and how long a packet waits to be overtaken
 
 FAULTS = ("kill", "stall", "pause", "truncate", "repeat", "reorder", "kill-holder", "pause-holder")
 PROCESSES = ("incumbent", "replacement")
@@ -167,7 +167,12 @@ class Relay:
             os.set_inheritable(end.fileno(), True)
         environment = os.environ | {"COPYOVER_CHANNEL": str(theirs.fileno())}
         us = os.getpid()
-        self._worker = subprocess.Popen(command, env=environment, close_fds=False, preexec_fn=lambda: _die_with(us))
+        self._worker = subprocess.Popen(
+            command,
+            env=environment,
+            close_fds=False,
+            preexec_fn=lambda: _die_with(us),  # noqa: PLW1509  # there are no threads here
+        )
         self._pidfd = os.pidfd_open(self._worker.pid)
         theirs.close()
         self._orders = _Orders(directory)

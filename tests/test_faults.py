@@ -29,8 +29,8 @@ MOVES = ("together", "rolling")
 
 # ---- what is promised
 
-EVERYBODY = frozenset(CLIENTS)
 NOBODY: frozenset[str] = frozenset()
+IN_A_MESSAGE = frozenset({"half", "busy", "parts"})  # input was read since the last boundary: the policy is reset
 
 
 @attrs.frozen
@@ -41,8 +41,8 @@ class Promise:
     exit_codes: frozenset[int] = frozenset({0, 3})
 
 
-# A worker that is killed, or that broke the protocol and is killed for it, takes with it what it serves.
-KILLED = Promise(may_be_reset=EVERYBODY, exit_codes=frozenset({0, 3, 4}))
+# A worker that is killed, or that broke the protocol and is killed for it.
+KILLED = Promise(may_be_reset=IN_A_MESSAGE, exit_codes=frozenset({0, 3, 4}))
 COSTS_NOTHING = Promise()
 
 PROMISES = {
@@ -52,12 +52,14 @@ PROMISES = {
     ("incumbent", "repeat"): KILLED,
     ("incumbent", "reorder"): KILLED,
     ("incumbent", "pause-holder"): COSTS_NOTHING,
+    ("incumbent", "kill-holder"): COSTS_NOTHING,
     ("replacement", "kill"): KILLED,
     ("replacement", "pause"): COSTS_NOTHING,
     ("replacement", "truncate"): KILLED,
     ("replacement", "repeat"): KILLED,
     ("replacement", "reorder"): KILLED,
     ("replacement", "pause-holder"): COSTS_NOTHING,
+    ("replacement", "kill-holder"): COSTS_NOTHING,
 }
 
 # ---- the points
@@ -79,6 +81,17 @@ class Site:
 
     def reload(self, **wishes: Any) -> Reloaded:
         return Reloaded(self.operator.reload(**wishes))
+
+    def reload_or_run_again(self, move: str) -> Reloaded | None:
+        """Reload; if the holder dies meanwhile, or right after, run it again. None if it did not come to an answer."""
+        try:
+            reloaded = self.reload(move=move)
+            self.operator.wait_settled()
+        except OSError:  # no socket, or nobody behind it
+            self.server.kill()
+            self.server.run()
+            return None
+        return reloaded
 
     def count_descriptors(self) -> dict[str, int]:
         """Return how many descriptors each process has, once one generation serves."""
@@ -148,22 +161,26 @@ def commit(site: Site, fault: relay.Fault, move: str) -> bool:
     promise = PROMISES[fault.process, fault.fault]
     before = dict(site.crowd.tally.resets)
     relay.arm(site.directory, fault)
-    reloaded = site.reload(move=move)
+    reloaded = site.reload_or_run_again(move)
     site.operator.wait_settled()
     is_committed = relay.disarm(site.directory)
     site.operator.wait_settled()
     site.crowd.wait_round()
     if not is_committed:
+        assert reloaded is not None
         reloaded.assert_done()
         return False
     reset = {kind: count - before.get(kind, 0) for kind, count in site.crowd.tally.resets.items()}
     beyond = {kind: count for kind, count in reset.items() if count and kind not in promise.may_be_reset}
-    assert not beyond, (beyond, reloaded.answer)
-    assert reloaded.exit_code in promise.exit_codes, reloaded.answer
-    assert (reloaded.exit_code == 4) == (reloaded.answer["connections"]["lost"] > 0), reloaded.answer
-    assert reloaded.answer["connections"]["lost"] <= sum(reset.values()), reloaded.answer
-    site.reload(move=move).assert_done()
-    site.crowd.wait_round()
+    assert not beyond, (beyond, reloaded)
+    if reloaded is not None:
+        lost = reloaded.answer["connections"]["lost"]
+        assert reloaded.exit_code in promise.exit_codes, reloaded.answer
+        assert (reloaded.exit_code == 4) == (lost > 0), reloaded.answer
+        assert lost <= sum(reset.values()), reloaded.answer
+    if reloaded is None or reloaded.answer["outcome"] != "done":  # else the next point's reload shows the same
+        site.reload(move=move).assert_done()
+        site.crowd.wait_round()
     site.assert_descriptors()
     return True
 
@@ -180,8 +197,8 @@ def test_a_fault_at_every_packet(sites: Sites, move: str, process: str, fault: s
         except BaseException as problem:
             problem.add_note(f"{point}, {move}; the log of the server:\n{sites.abandon()}")
             raise
-        if not is_there:
-            assert n > 2, "a reload has packets"  # noqa: PLR2004
+        if not is_there:  # the reload is over, and with nothing amiss: a plain one works
+            assert n > 2, "a reload has packets"
             return
         sites.points += 1
 
@@ -191,4 +208,4 @@ def test_there_were_enough_points(sites: Sites, request: pytest.FixtureRequest) 
     whole = [item for item in request.session.items if item.originalname == "test_a_fault_at_every_packet"]  # type: ignore[attr-defined]
     if len(whole) < len(MOVES) * len(PROMISES) * len(relay.DIRECTIONS):
         pytest.skip("only some of them were asked for")
-    assert sites.points >= 200  # noqa: PLR2004
+    assert sites.points >= 200
