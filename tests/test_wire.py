@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import tracemalloc
 from typing import Any
 
 import attrs
@@ -562,3 +563,41 @@ def test_version_1_is_these_bytes(message: messages.Message, golden: str) -> Non
 def test_every_kind_has_its_golden_bytes() -> None:
     """No message goes without."""
     assert {type(message) for message, _ in GOLDEN_1} == set(messages.BY_KIND.values())
+
+
+# ---- what a hostile peer makes of them
+
+golden_packets = st.sampled_from([bytes.fromhex(golden) for _, golden in GOLDEN_1])
+
+
+@given(golden_packets, st.data())
+def test_a_mutated_packet_is_a_message_or_a_wire_error(packet: bytes, data: st.DataObject) -> None:
+    """Bytes changed, cut out or put in: what still decodes is a message that encodes; nothing else is ever raised."""
+    mutated = bytearray(packet)
+    for _ in range(data.draw(st.integers(1, 6))):
+        at = data.draw(st.integers(0, len(mutated)))
+        mutated[at : at + data.draw(st.integers(0, 4))] = data.draw(st.binary(max_size=6))
+    try:
+        header = wire.decode_header(bytes(mutated))
+        message = wire.decode(header, memoryview(mutated)[wire.HEADER.size :])
+    except WireError:
+        return
+    again, body = wire.encode(message, descriptors=header.descriptors, version=header.version)
+    assert wire.decode(again, body) == message
+
+
+@given(golden_packets, st.sampled_from(["rows", "rare_bytes", "descriptors", "flags"]), st.integers(0, (1 << 32) - 1))
+def test_a_claim_that_is_not_so_takes_no_memory(packet: bytes, field: str, claim: int) -> None:
+    """A header that claims what its body has not is refused for what it has, whatever it claims."""
+    header = wire.decode_header(packet)
+    short = field in {"descriptors", "flags"}
+    lying = attrs.evolve(header, **{field: claim & 0xFFFF if short else claim})
+    tracemalloc.start()
+    try:
+        wire.decode(lying, memoryview(packet)[wire.HEADER.size :])
+    except WireError:
+        pass
+    finally:
+        _, most_bytes = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert most_bytes < 1 << 20
