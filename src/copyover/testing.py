@@ -120,6 +120,14 @@ class ReloadResult:
         return self
 
 
+@attrs.define
+class Told:
+    """What one holder has said on stdout: *event* is set once it is ready, or has ended."""
+
+    event: threading.Event = attrs.field(factory=threading.Event)
+    ready: str = ""
+
+
 class Server:
     """
     One holder with its server, in a runtime directory of its own.
@@ -139,7 +147,7 @@ class Server:
         self._environment = os.environ | {"COPYOVER_RUNTIME_DIR": str(self.directory)}
         self._last_log = ""
         self._is_asked_to_stop = False
-        self._is_told = threading.Event()  # it is ready, or has ended
+        self._told = Told()
         self._settings: dict[str, Any] = {}
         self.configure(**settings)
         self.addresses: list[tuple[str, int] | str] = []
@@ -161,11 +169,10 @@ class Server:
             raise RuntimeError(f"the holder {previous.pid} lives beside its successor")
 
     def _begin(self) -> None:
-        self.output = ""
-        self._is_told.clear()
+        self._told = Told()
         self._process = self._start()
         self._reader = threading.Thread(
-            target=self._read_output, args=(self._process,), name=f"copyover-{self.name}", daemon=True
+            target=self._read_output, args=(self._process, self._told), name=f"copyover-{self.name}", daemon=True
         )
         self._reader.start()
         self.addresses = self._wait_ready()
@@ -189,21 +196,21 @@ class Server:
     def _command(self, *arguments: str) -> list[str]:
         return [sys.executable, "-P", "-m", "copyover.cli", *arguments]
 
-    def _read_output(self, process: subprocess.Popen[bytes]) -> None:
-        """Empty the pipe for as long as anybody may write to it, so that no print blocks."""
+    def _read_output(self, process: subprocess.Popen[bytes], told: Told) -> None:
+        """Empty the pipe for as long as anybody may write to it, so that no print blocks; workers outlive a holder."""
         if process.stdout is None:
             raise AssertionError("it is a pipe")
         with process.stdout as lines:
             for line in lines:
                 self.output += line.decode(errors="replace")
                 if line.startswith(b"ready name="):
-                    self._is_told.set()
-        if process is self._process:  # workers of one that was killed write on
-            self._is_told.set()
+                    told.ready = line.decode().rstrip("\n")
+                    told.event.set()
+        told.event.set()
 
     def _wait_ready(self) -> list[tuple[str, int] | str]:
-        in_time = self._is_told.wait(START_S)
-        ready = re.search(r"^ready name=.* listen=(\S+)$", self.output, re.MULTILINE)
+        in_time = self._told.event.wait(START_S)
+        ready = re.search(r"^ready name=.* listen=(\S+)$", self._told.ready)
         if ready is None:
             log = self.log
             self.discard()
