@@ -108,3 +108,23 @@ def test_connections_wait_for_a_worker_that_cannot_start_at_once(copyover_server
         (tmp_path / "broken").unlink()
         server.reload().assert_lossless()
         assert client.line() == b"b\n"
+
+
+def test_a_release_that_cannot_read_the_state_gets_no_connection(copyover_server: Servers, tmp_path: Path) -> None:
+    """Changed in place under a running server, it is asked before it decodes: reset, never served from what it guesses."""
+    source = (
+        "import copyover\n"
+        "async def handler(connection):\n"
+        "    async for line in connection.lines():\n"
+        "        await connection.write(line + b'\\n')\n"
+        "app = copyover.Application(handler=handler, schema=SCHEMA)\n"
+    )
+    (tmp_path / "app.py").write_text(source.replace("SCHEMA", "1"), encoding="utf-8")
+    server = copyover_server("app:app", chdir=str(tmp_path))
+    with Client(server.address) as client:
+        assert client.ask(b"a\n") == b"a\n"
+        (tmp_path / "app.py").write_text(source.replace("SCHEMA", "23"), encoding="utf-8")
+        kill_worker(server)
+        with pytest.raises(ConnectionResetError):
+            client.line()
+    assert "schema 1, this release reads 23" in server.log

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -148,8 +150,11 @@ def test_a_holder_that_answers_is_left_alone(copyover_server: Servers) -> None:
     """Exit 15: the name is taken, and nothing was disturbed."""
     server = copyover_server("echo:echo", chdir=APPS)
     with Client(server.address) as client:
-        second = server.command("run", "echo:echo")
-        assert second.exit_code in {2, 15}
+        command = [sys.executable, "-P", "-m", "copyover.cli", "run", "echo:echo", "--name", server.name]
+        environment = os.environ | {"COPYOVER_RUNTIME_DIR": str(server.directory)}
+        second = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+        assert second.returncode == 15
+        assert f"a holder named '{server.name}' is running (pid {server.pid})" in second.stderr
         assert client.ask(b"a\n") == b"a\n"
 
 

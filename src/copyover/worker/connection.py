@@ -229,8 +229,9 @@ class Connection(Standing, Generic[S]):
         """
         Send *data*, from any task; complete in itself, it leaves a boundary a boundary. A no-op when it has ended.
 
-        Once the connection has moved, the holder passes it on to the worker that serves it. A client that takes less
-        than is pushed to it is aborted when more than the limit is unsent.
+        Once the connection has moved, the holder passes it on to the worker that serves it: at most once, for it is
+        lost if one of the two is killed while it is on its way. A client that takes less than is pushed to it is
+        aborted when more than the limit is unsent.
 
         Raises:
             Moved: another worker serves the connection now, and no holder lives that could pass it on.

@@ -27,7 +27,7 @@ from copyover.worker import effects
 from copyover.worker.accepting import Acceptor
 from copyover.worker.agent import Agent
 from copyover.worker.boundary import Course
-from copyover.worker.connection import Connection, Limits, current
+from copyover.worker.connection import CannotFreeze, Connection, Limits, current
 from copyover.worker.cut import Cut
 from copyover.worker.seeking import Identity, Seeker
 from copyover.worker.transport import Phase, Transport
@@ -497,6 +497,9 @@ class Runtime:
     def _state_of(self, record: messages.Record) -> Any:
         if record.flags & (messages.RecordFlag.FRESH | messages.RecordFlag.FINISHED):
             return self._application.state()  # it never had one, or nobody is going to look at it
+        if record.schema not in self._application.readable:
+            reads = ", ".join(map(str, self._application.readable))
+            raise CannotFreeze(f"it is of schema {record.schema}, this release reads {reads}")
         return self._application.decode_state(record.state, record.schema)
 
     def _rebuild(self, stale: Connection[Any]) -> Connection[Any]:
