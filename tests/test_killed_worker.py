@@ -111,7 +111,7 @@ def test_connections_wait_for_a_worker_that_cannot_start_at_once(copyover_server
 
 
 def test_a_release_that_cannot_read_the_state_gets_no_connection(copyover_server: Servers, tmp_path: Path) -> None:
-    """Changed in place under a running server, it is asked before it decodes: reset, never served from what it guesses."""
+    """Changed in place under a running server: reset, never served from what the release would guess."""
     source = (
         "import copyover\n"
         "async def handler(connection):\n"
