@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -183,3 +184,39 @@ def test_a_stalled_worker_is_killed_before_anything_is_decided(copyover_server: 
         server.run()
         assert other not in server.worker_pids()
         assert client.ask(b"b\n") == b"b\n"
+
+
+def test_a_stranger_at_the_door_is_turned_away(copyover_server: Servers) -> None:
+    """Whoever is no registered worker gets in nowhere, however often it knocks; the workers do."""
+    server = copyover_server("echo:echo", chdir=APPS)
+    server.expect_errors = True
+    door = server.directory / server.name / "workers.sock"
+    is_over = threading.Event()
+    refusals: list[bytes] = []
+
+    def knock() -> None:
+        while not is_over.is_set():
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
+                stranger.settimeout(30)
+                with contextlib.suppress(FileNotFoundError, ConnectionError):
+                    stranger.connect(str(door))
+                    stranger.send(b"co" + bytes(14))
+                    refusals.append(stranger.recv(100))
+
+    with Client(server.address) as client:
+        worker = server.worker_pids()[0]
+        server.kill()
+        os.kill(worker, signal.SIGSTOP)  # so that the stranger is there first
+        knocking = threading.Thread(target=knock)
+        knocking.start()
+        starting = threading.Thread(target=server.run)
+        starting.start()
+        while not refusals and starting.is_alive():
+            continue
+        os.kill(worker, signal.SIGCONT)
+        starting.join(60)
+        is_over.set()
+        knocking.join(60)
+        assert set(refusals) == {b""}
+        assert server.worker_pids() == [worker]
+        assert client.ask(b"a\n") == b"a\n"

@@ -179,10 +179,12 @@ def registered(directory: Directory) -> dict[Path, int]:
 
     A worker locks its file for as long as it lives; no child of it has that lock. fcntl_locking(2), F_GETLK
     """
-    found = {}
-    for path in sorted(directory.path.glob("worker-*")):
-        with path.open("r+b") as file:
-            asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-            kind, _, _, _, pid = _FLOCK.unpack(fcntl.fcntl(file, fcntl.F_GETLK, asked))
-            found[path] = 0 if kind == fcntl.F_UNLCK else pid
-    return found
+    return {path: registered_pid(path) for path in sorted(directory.path.glob("worker-*"))}
+
+
+def registered_pid(path: Path) -> int:
+    """Return the pid of the worker that has this file, 0 if it is dead."""
+    with path.open("r+b") as file:
+        asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        kind, _, _, _, pid = _FLOCK.unpack(fcntl.fcntl(file, fcntl.F_GETLK, asked))
+    return 0 if kind == fcntl.F_UNLCK else pid

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from copyover.channel import Packet
     from copyover.directory import Directory
     from copyover.users import User
 
@@ -67,9 +68,8 @@ class Gathering:
     def __init__(self, directory: Directory, workers: Mapping[Path, int], user: User | None) -> None:
         self._directory = directory
         self._key = directories.read_key(directory)
-        self._expected = {pid: Arrival(pid, os.pidfd_open(pid), path) for path, pid in workers.items()}
+        self._expected = {pid: arrival for path, pid in workers.items() if (arrival := _expect(path, pid))}
         self._door = _open_door(directory, user)
-        self._strangers: dict[int, Channel] = {}
         self._poll = select.poll()
         self._poll.register(self._door, select.POLLIN)
         for arrival in self._expected.values():
@@ -87,8 +87,6 @@ class Gathering:
             log.error("event=unreapable pid=%d problem=%r", stuck.pid, "SIGKILL does not end it; its connections stay")
         self._door.close()
         self._directory.workers.unlink(missing_ok=True)
-        for stranger in self._strangers.values():
-            stranger.close()
         return [arrival for arrival in self._expected.values() if arrival.is_complete]
 
     def _missing(self) -> list[Arrival]:
@@ -107,9 +105,11 @@ class Gathering:
             self._let_in()
             return
         for arrival in self._expected.values():
-            if descriptor == arrival.pidfd and not arrival.is_complete:
-                arrival.is_dead = True
+            if descriptor == arrival.pidfd:
                 self._poll.unregister(descriptor)
+                arrival.is_dead = not arrival.is_complete  # else its death is the crew's business
+                if arrival.is_dead and arrival.channel is not None:
+                    self._turn_away(arrival, arrival.channel)
                 return
             if arrival.channel is not None and descriptor == arrival.channel.fileno():
                 self._hear(arrival, arrival.channel)
@@ -117,7 +117,10 @@ class Gathering:
 
     def _let_in(self) -> None:
         """Only the workers that are registered here are let in, each once."""
-        sock, _ = self._door.accept()
+        try:
+            sock, _ = self._door.accept()
+        except OSError:  # it has gone again
+            return
         pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         arrival = self._expected.get(pid)
         if arrival is None or arrival.channel is not None or arrival.is_dead:
@@ -131,18 +134,28 @@ class Gathering:
         try:
             while not arrival.is_complete:
                 with channel.receive() as packet:
-                    self._take(arrival, channel, packet.message, packet.take())
+                    self._take(arrival, channel, packet)
         except BlockingIOError:
             return
         except WireError as problem:
             if not isinstance(problem, ChannelClosed):
                 log.error("event=refused pid=%d problem=%r", arrival.pid, str(problem))  # noqa: TRY400  # a sentence
-            self._poll.unregister(channel)
-            _forget(arrival, channel)
+            self._turn_away(arrival, channel)
         else:
             self._poll.unregister(channel)
 
-    def _take(self, arrival: Arrival, channel: Channel, message: messages.Message, descriptors: list[int]) -> None:
+    def _turn_away(self, arrival: Arrival, channel: Channel) -> None:
+        """It may come again; what it has brought so far is of no use."""
+        self._poll.unregister(channel)
+        channel.close()
+        for row in arrival.rows:
+            os.close(row.descriptor)
+        for descriptor in arrival.listeners.values():
+            os.close(descriptor)
+        arrival.channel = arrival.hello = arrival.attach = None
+        arrival.rows, arrival.listeners = [], {}
+
+    def _take(self, arrival: Arrival, channel: Channel, packet: Packet) -> None:
         """
         Take one message of a worker that comes.
 
@@ -150,6 +163,7 @@ class Gathering:
             WireError: it is not the next of a report, or what came with it is not what it says.
 
         """
+        message = packet.message
         if arrival.hello is None:
             arrival.hello = messages.expect(message, messages.Hello)
             version = wire.common_version(arrival.hello.wire)
@@ -158,12 +172,14 @@ class Gathering:
             channel.version = version
             channel.send(messages.Recall(wire=version))
         elif arrival.attach is None:
-            arrival.attach = messages.expect(message, messages.Attach)
-            arrival.listeners = dict(zip(arrival.attach.listener, descriptors, strict=True))
-            if not hmac.compare_digest(arrival.attach.key.encode(), self._key.encode()):
+            attach = messages.expect(message, messages.Attach)
+            if not hmac.compare_digest(attach.key.encode(), self._key.encode()):
                 raise WireError("it does not know the key of this name")
+            if not all(number.isdecimal() and type(name) is str for number, name in attach.names.items()):
+                raise WireError("its listeners are not named by their numbers")
+            arrival.attach, arrival.listeners = attach, dict(zip(attach.listener, packet.take(), strict=True))
         elif isinstance(message, messages.View):
-            arrival.rows += _rows(message, descriptors)
+            arrival.rows += _rows(message, packet)
         else:
             arrival.tombstones = messages.expect(message, messages.Viewed).cookie
             arrival.is_complete = True
@@ -184,9 +200,30 @@ def _open_door(directory: Directory, user: User | None) -> socket.socket:
     return door
 
 
-def _rows(view: messages.View, descriptors: list[int]) -> list[events.Row]:
-    check_cookies(view.cookie, descriptors)
-    columns = zip(view.cookie, view.epoch, view.listener, view.standing, view.records(), descriptors, strict=True)
+def _expect(path: Path, pid: int) -> Arrival | None:
+    """Return the worker of a file; None if it has died meanwhile, and its number may be another's."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+    if directories.registered_pid(path) == pid:
+        return Arrival(pid, pidfd, path)
+    os.close(pidfd)
+    return None
+
+
+def _rows(view: messages.View, packet: Packet) -> list[events.Row]:
+    """
+    Return what a view says, with its descriptors.
+
+    Raises:
+        WireError: a descriptor is another connection, or a worker does what there is no number for.
+
+    """
+    check_cookies(view.cookie, packet.descriptors)
+    if not set(view.standing) <= set(messages.Doing):
+        raise WireError(f"it does {max(view.standing)} with a connection")
+    columns = zip(view.cookie, view.epoch, view.listener, view.standing, view.records(), packet.take(), strict=True)
     return [
         events.Row(cookie, epoch, listener, messages.Doing(doing), record, _is_current(doing, record, fd), fd)
         for cookie, epoch, listener, doing, record, fd in columns
@@ -195,17 +232,6 @@ def _rows(view: messages.View, descriptors: list[int]) -> list[events.Row]:
 
 def _is_current(doing: int, record: messages.Record, descriptor: int) -> bool:
     return doing == messages.Doing.SERVES or is_current(descriptor, record)
-
-
-def _forget(arrival: Arrival, channel: Channel) -> None:
-    """It may come again; what it has brought so far is of no use."""
-    channel.close()
-    for row in arrival.rows:
-        os.close(row.descriptor)
-    for descriptor in arrival.listeners.values():
-        os.close(descriptor)
-    arrival.channel = arrival.hello = arrival.attach = None
-    arrival.rows, arrival.listeners = [], {}
 
 
 # ---- what comes of it
