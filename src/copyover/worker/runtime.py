@@ -153,10 +153,10 @@ class Runtime:
     def _attach(self, channel: Channel, recall: messages.Recall) -> None:
         """Another holder has come: tell it everything, and work with it as with the first."""
         log.info("event=attached connections=%d", len(self._connections))
+        self._flush_ended()  # to nobody: the report tells of these, and comes first on the channel
         self._channel = channel
         channel.on_backlog = self._on_backlog
         self._loop.add_reader(channel.fileno(), self._channel_readable)
-        self._flush_ended()
         self._perform(self._agent.handle(recall))
 
     def _report(self) -> None:
