@@ -34,6 +34,12 @@ def change_under_way(server: Server, **flags: object) -> Iterator[None]:
     thread.join(60)
 
 
+def has_ended(pid: int) -> bool:
+    """Whether it is gone, or a zombie that whoever adopted it has not reaped."""
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or stat.read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "Z"
+
+
 def wait_phase(server: Server, phase: str) -> None:
     """Return once the holder is in that phase; the test's own deadline bounds it."""
     while server.status()["phase"]["name"] != phase:
@@ -130,7 +136,8 @@ def test_a_worker_that_died_meanwhile_costs_only_what_it_had(copyover_server: Se
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(Client(server.address)) for _ in range(20)]
         assert all(client.ask(b"a\n") == b"a\n" for client in clients)
-        owners = [row["worker"] for row in sorted(server.connections(), key=lambda row: row["connection"])]
+        by_peer = {row["peer"]: row["worker"] for row in server.connections()}
+        owners = [by_peer["{}:{}".format(*client.socket.getsockname())] for client in clients]
         workers = {worker["worker"]: worker["pid"] for worker in server.status()["workers"]}
         first = min(workers)
         server.kill()
@@ -167,7 +174,7 @@ def test_a_stalled_holder_is_killed_and_replaced(copyover_server: Servers) -> No
     with Client(server.address) as client:
         os.kill(stalled, signal.SIGSTOP)
         server.run()
-        assert not Path(f"/proc/{stalled}").exists() or "Z" in Path(f"/proc/{stalled}/stat").read_text().split()[2]
+        assert has_ended(stalled)
         assert client.ask(b"a\n") == b"a\n"
         server.reload().assert_lossless()
 
@@ -186,6 +193,30 @@ def test_a_stalled_worker_is_killed_before_anything_is_decided(copyover_server: 
         assert client.ask(b"b\n") == b"b\n"
 
 
+def test_a_stop_is_obeyed_while_workers_are_heard(copyover_server: Servers) -> None:
+    """A holder that waits for a stalled worker of its predecessor takes them all over, and ends them."""
+    server = copyover_server("echo:echo", chdir=APPS)
+    worker = server.worker_pids()[0]
+    server.kill()
+    os.kill(worker, signal.SIGSTOP)
+
+    def run() -> None:
+        with contextlib.suppress(RuntimeError):  # it stops as soon as it is ready
+            server.run()
+
+    starting = threading.Thread(target=run)
+    starting.start()
+    door = server.directory / server.name / "workers.sock"
+    while not door.exists():
+        continue
+    assert "does not answer yet: it is starting, or hears the workers of one that died" in server.command("stop").stderr
+    os.kill(server.pid, signal.SIGTERM)
+    os.kill(worker, signal.SIGCONT)
+    starting.join(60)
+    assert server.stop() == 0
+    assert has_ended(worker)
+
+
 def test_a_stranger_at_the_door_is_turned_away(copyover_server: Servers) -> None:
     """Whoever is no registered worker gets in nowhere, however often it knocks; the workers do."""
     server = copyover_server("echo:echo", chdir=APPS)
@@ -198,10 +229,15 @@ def test_a_stranger_at_the_door_is_turned_away(copyover_server: Servers) -> None
         while not is_over.is_set():
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
                 stranger.settimeout(30)
-                with contextlib.suppress(FileNotFoundError, ConnectionError):
+                try:
                     stranger.connect(str(door))
+                except OSError:
+                    continue  # there is no door yet, or no more, or there are many before it
+                answer = b""
+                with contextlib.suppress(ConnectionError):  # what it said was left unread
                     stranger.send(b"co" + bytes(14))
-                    refusals.append(stranger.recv(100))
+                    answer = stranger.recv(100)
+                refusals.append(answer)
 
     with Client(server.address) as client:
         worker = server.worker_pids()[0]

@@ -47,6 +47,10 @@ def call(name: str, request: dict[str, Any], *, patience_s: float | None) -> Ite
         except PermissionError as refused:
             raise Denied(f"this user may not command the holder {name!r} at {path}") from refused
         except OSError as absent:
+            pid = directories.starting_pid(directories.of(name))
+            if pid is not None:
+                sentence = "it is starting, or hears the workers of one that died; ask again in a moment"
+                raise HolderAbsent(f"the holder {name!r} (pid {pid}) does not answer yet: {sentence}") from absent
             raise HolderAbsent(
                 f"no holder named {name!r} listens on {path}; start one with: copyover run --name {name} APP; "
                 f"if it runs under another COPYOVER_RUNTIME_DIR, set that here too"

@@ -156,6 +156,16 @@ def take_lock(directory: Directory, name: str) -> int:
     return descriptor
 
 
+def starting_pid(directory: Directory) -> int | None:
+    """Return the pid of a holder that has taken the name and is not ready to be asked; None if there is none."""
+    try:
+        pid = int(directory.lock.read_text(encoding="ascii"))
+        program = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (OSError, ValueError):
+        return None
+    return pid if b"copyover.holder" in program else None
+
+
 def draw_key(directory: Directory) -> None:
     """Draw a new secret; workers of an earlier holder are strangers from here on."""
     temporary = directory.key.with_suffix(f".{os.getpid()}")
@@ -179,7 +189,8 @@ def registered(directory: Directory) -> dict[Path, int]:
 
     A worker locks its file for as long as it lives; no child of it has that lock. fcntl_locking(2), F_GETLK
     """
-    return {path: registered_pid(path) for path in sorted(directory.path.glob("worker-*"))}
+    found = sorted(directory.path.glob("worker-*"))
+    return {path: registered_pid(path) for path in found if path.is_file() and not path.is_symlink()}
 
 
 def registered_pid(path: Path) -> int:

@@ -178,7 +178,7 @@ not_async = len
 async def idle_timeout(connection: Connection) -> None:
     """Give a client half a second of silence; what comes after the time-out must never reach a client that moved."""
     try:
-        async with asyncio.timeout(0.5 if not connection.resumed else 60):
+        async with asyncio.timeout(3.0 if not connection.resumed else 60):
             async for line in connection.lines():
                 await connection.write(line + b"\n")
                 if line == b"stay":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import signal
 import sys
 import uuid
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from copyover import directory as directories
 from copyover import events, process, users
 from copyover.errors import CopyoverError, HolderExists, UsageError
 from copyover.holder import control, takeover, upgrade
-from copyover.holder.daemon import Daemon, capacity_for
+from copyover.holder.daemon import ENDING_SIGNALS, Daemon, capacity_for
 from copyover.holder.listening import Listening
 from copyover.holder.requests import Requests
 from copyover.reload import Machine
@@ -45,6 +46,8 @@ def main(arguments: Sequence[str]) -> int:
             case ["--resume", memfd]:
                 daemon, begin = upgrade.resume(int(memfd), listening)
             case [told]:
+                # What comes before they are caught is obeyed then: workers of a dead holder may have to be heard first.
+                signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
                 daemon, begin = _boot(json.loads(told), listening)
             case _:
                 raise UsageError("copyover.holder is started by: copyover run")

@@ -122,6 +122,7 @@ class Daemon:
         """Call *begin*, then serve until stopped, *answer* the operators' requests; return the exit code."""
         self.desk.open(answer)
         self.loop.catch_signals((*ENDING_SIGNALS, signal.SIGCHLD), self._signalled)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS)
         begin()
         try:
             while self._exit_code is None:

@@ -60,6 +60,7 @@ class Health:
         if child is None:
             return
         self._loop.unwatch(child)
+        child.kill_group()  # what it left in the background
         how = child.reap()
         if how == process.SUCCEEDED:
             self._loop.set_timer(_TIMER, INTERVAL_S, self._run)

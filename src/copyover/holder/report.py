@@ -66,7 +66,7 @@ def result_object(result: Result, hands: Mapping[int, Hand], tail: Sequence[str]
 def _error(result: Result, hands: Mapping[int, Hand]) -> str | None:
     if result.error is None:
         return None
-    if result.serving_generation == 0:
+    if result.serving_generation == 0 or result.outcome is Outcome.BUSY:  # in a bake the other generation serves
         return result.error
     pids = [str(hand.pid) for hand in hands.values() if hand.generation == result.serving_generation]
     served = "every connection" if result.lost == 0 else "the others"

@@ -96,7 +96,9 @@ class Requests:
             self._cancel(caller, request)
             return
         if daemon.previous is None:
-            serving = f"there is no release before generation {daemon.machine.holdings.generation}, which serves"
+            serving = (
+                f"this holder knows no release before generation {daemon.machine.holdings.generation}, which serves"
+            )
             self._tell(caller, {"outcome": "nothing", "exit_code": 3, "error": serving})
             return
         wishes = self._wishes(caller, request)

@@ -92,8 +92,8 @@ class Runtime:
 
     async def run(self) -> None:
         """Serve until the holder lets this worker go."""
-        assert self._channel is not None
-        self._loop.add_reader(self._channel.fileno(), self._channel_readable)
+        if self._channel is not None:  # else the holder died while this worker became ready
+            self._loop.add_reader(self._channel.fileno(), self._channel_readable)
         await self._exit
         self._acceptor.switch(is_on=False)
         if self._application.shutdown is not None:
