@@ -297,10 +297,10 @@ class Daemon:
             number = self.machine.change.asked.generation
             generation = self.crew.generations[number]
             told = {"COPYOVER_NAME": self.config.name, "COPYOVER_GENERATION": str(number)}
+            # The secret of the name is for workers alone.
+            own = {name: value for name, value in self._environment.items() if name != "COPYOVER_KEY"}
             if generation.config.health is not None:
-                self._health.start(
-                    generation.config.health, cwd=generation.release.directory, environment=self._environment | told
-                )
+                self._health.start(generation.config.health, cwd=generation.release.directory, environment=own | told)
 
     def _read_settings(self) -> Config:
         config = configs.load(self.told["file"], self.told["flags"])
