@@ -17,12 +17,22 @@ from hypothesis import strategies as st
 
 from copyover import errors
 from copyover.errors import ApplicationNotFound, CopyoverError, NotAHandler, StartupFailed
-from copyover.worker.application import Application, json_bytes, load
-from copyover.worker.connection import CannotFreeze, Connection
+from copyover.worker.application import Application, json_bytes
+from copyover.worker.application import load as load_any
+from copyover.worker.served import CannotFreeze
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from copyover.worker.connection import Connection
+
+
+def load(spec: str, app_dir: str) -> Application[Any]:
+    found = load_any(spec, app_dir)
+    assert isinstance(found, Application)
+    return found
+
 
 _numbers = itertools.count()
 

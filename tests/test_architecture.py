@@ -39,6 +39,7 @@ PURE = {
     "succession",
     "worker.agent",
     "worker.effects",
+    "adapters.framing",
 }
 
 ROOMS: dict[str, set[str]] = {
@@ -125,22 +126,49 @@ ROOMS: dict[str, set[str]] = {
     "worker.transport": {"messages", "sockets"},
     "worker.snapshot": set(),
     "worker.slot": {"errors", "messages", "slots", "worker.snapshot", "worker.transport"},
-    "worker.boundary": {"messages", "worker.slot", "worker.transport"},
-    "worker.connection": {"errors", "messages", "worker.boundary", "worker.transport"},
-    "worker.application": {"errors", "worker.connection"},
-    "worker.cut": {"worker.boundary", "worker.connection", "worker.transport"},
+    "worker.served": {"errors", "messages", "worker.slot", "worker.transport"},
+    "worker.boundary": {"worker.served", "worker.transport"},
+    "worker.connection": {"errors", "messages", "worker.boundary", "worker.served", "worker.transport"},
+    "worker.application": {"errors", "worker.connection", "worker.served"},
+    "worker.host": {"messages", "worker.served", "worker.transport"},
+    "worker.handlers": {
+        *("errors", "messages", "worker.application", "worker.connection", "worker.host", "worker.served"),
+        "worker.transport",
+    },
+    "worker.hosted": {"messages", "worker.host", "worker.served", "worker.transport"},
+    "worker.entrance": {"worker.served", "worker.transport"},
     "worker.accepting": set(),
     "worker.seeking": {"channel", "errors", "messages"},
     "worker.effects": {"messages"},
     "worker.agent": {"errors", "messages", "worker.effects"},
     "worker.runtime": {
         *("channel", "errors", "messages", "sockets"),
-        *("worker.accepting", "worker.agent", "worker.application", "worker.boundary"),
-        *("worker.connection", "worker.cut", "worker.effects", "worker.seeking", "worker.slot", "worker.transport"),
+        *("worker.accepting", "worker.agent", "worker.effects", "worker.entrance", "worker.host"),
+        *("worker.seeking", "worker.served", "worker.slot", "worker.transport"),
     },
     "worker.__main__": {
         *("", "channel", "errors", "messages", "wire"),
-        *("worker.application", "worker.connection", "worker.runtime", "worker.seeking", "worker.slot"),
+        *("worker.application", "worker.handlers", "worker.host", "worker.runtime", "worker.seeking"),
+        *("worker.served", "worker.slot", "adapters.environment", "adapters.uvicorn"),  # adapters at their first use
+    },
+    # ---- what an ASGI application says, and the servers whose connections move
+    "asgi": {"errors"},
+    "adapters": set(),
+    "adapters.environment": {"errors"},
+    "adapters.versions": {"errors"},
+    "adapters.framing": set(),
+    "adapters.deflate": set(),
+    "adapters.visit": {"asgi", "worker.application", "worker.served", "worker.snapshot"},
+    "adapters.http": {"adapters.framing", "adapters.uvicorn", "adapters.visit", "messages", "worker.hosted"},
+    "adapters.httptools": {"adapters.http", "adapters.uvicorn"},
+    "adapters.websocket": {
+        *("adapters.deflate", "adapters.framing", "adapters.uvicorn", "adapters.visit", "messages"),
+        *("worker.hosted", "worker.served", "worker.transport"),
+    },
+    "adapters.uvicorn": {
+        *("adapters.http", "adapters.httptools", "adapters.versions", "adapters.visit", "adapters.websocket"),
+        *("asgi", "errors", "messages", "worker.application", "worker.host", "worker.hosted", "worker.served"),
+        "worker.transport",
     },
     # ---- the operator's side, and the user's tests
     "console": {"directory", "errors", "sockets"},
@@ -220,7 +248,7 @@ def test_who_loads_what(library: str) -> None:
         "cattrs": {"config", "succession"},
         "pyroute2": {"sockdiag"},
         "uvloop": {"worker.__main__"},
-        "asyncio": {room for room in FILES if room.startswith("worker")} | {"swarm", "verifying"},
+        "asyncio": {room for room in FILES if room.startswith(("worker", "adapters"))} | {"swarm", "verifying"},
     }[library]
     users = {room for room, path in FILES.items() if library in {name.split(".")[0] for name in imports_of(path)}}
     assert users <= allowed

@@ -209,7 +209,8 @@ SERVE = textwrap.dedent(
     from copyover import slots
     from copyover.messages import Record
     from copyover.worker.application import Application
-    from copyover.worker.connection import Connection, Limits
+    from copyover.worker.connection import Connection
+    from copyover.worker.served import Limits
     from copyover.worker.slot import Slots
     from copyover.worker.transport import Transport
 

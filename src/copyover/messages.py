@@ -41,6 +41,15 @@ class Act(enum.IntEnum):
     ABORT = 2  # RST
 
 
+class Kind(enum.IntEnum):
+    """What a connection is served as; a holder chooses by it how the connection moves."""
+
+    HANDLER = 0
+    HTTP = 1
+    WEBSOCKET = 2
+    STREAM = 3  # a response without end
+
+
 class Doing(enum.IntEnum):
     """What a worker does with a connection while no holder lives."""
 

@@ -23,16 +23,17 @@ import copyover
 from copyover import messages, wire
 from copyover.channel import Channel
 from copyover.errors import CopyoverError, StartupFailed, WireError
-from copyover.worker.application import load
-from copyover.worker.connection import Limits
+from copyover.worker.application import Application, Asgi, load
+from copyover.worker.handlers import Handlers
 from copyover.worker.runtime import Equipment, Runtime, leave
 from copyover.worker.seeking import Identity
+from copyover.worker.served import Limits
 from copyover.worker.slot import Slots, register
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from copyover.worker.application import Application
+    from copyover.worker.host import Host
 
 log = logging.getLogger("copyover.worker")
 
@@ -61,47 +62,89 @@ def main() -> None:
         log.error("no welcome from the holder: %s", problem)  # noqa: TRY400  # the sentence says it all
         leave(1)
     try:
-        application = load(welcome.application, welcome.app_dir)
+        application = _load(welcome)
         make_loop, loop_name = _loop_factory(str(welcome.options.get("loop", "auto")))
     except CopyoverError as problem:
         _fail(channel, problem)
     numbered = zip(welcome.listener, descriptors, strict=True)
     listeners = {number: socket.socket(fileno=descriptor) for number, descriptor in numbered}
     with asyncio.Runner(loop_factory=make_loop) as runner:
-        ready = messages.Ready(
-            application=welcome.application,
-            loop=loop_name,
-            writes=application.schema,
-            reads=application.readable,
-            shares=application.export_shared is not None,
-        )
-        identity = _identity(hello, welcome, ready, directory, home)
-        equipment = Equipment(_limits(welcome.options), identity, _slots(slots, application))
-        runner.run(_serve(channel, application, listeners, ready, equipment, stderr))
+        start = Start(channel, welcome, hello, stderr, slots, Home(directory, *home), loop_name)
+        runner.run(_serve(start, application, listeners))
         leave(0)
 
 
-async def _serve(  # noqa: PLR0917  # each is used once, here
-    channel: Channel,
-    application: Application[Any],
-    listeners: dict[int, socket.socket],
-    ready: messages.Ready,
-    equipment: Equipment,
-    stderr: int,
-) -> None:
-    if application.startup is not None:
-        try:
-            await application.startup()
-        except Exception as problem:  # noqa: BLE001  # whatever startup raises refuses the reload
-            _fail(channel, StartupFailed(f"startup raised {type(problem).__name__}: {problem}"), problem)
-    runtime = Runtime(asyncio.get_running_loop(), channel, application, listeners, equipment)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, runtime.terminate)
+@attrs.frozen
+class Home:
+    """Where this worker runs, and how it comes back to its name when the holder dies."""
+
+    directory: str
+    path: str
+    key: str
+
+
+@attrs.frozen
+class Start:
+    """What a worker was started with. *stderr* and *slots* are descriptors of ours."""
+
+    channel: Channel
+    welcome: messages.Welcome
+    hello: messages.Hello
+    stderr: int
+    slots: int | None
+    home: Home
+    loop: str
+
+
+async def _serve(start: Start, application: Application[Any] | Asgi, listeners: dict[int, socket.socket]) -> None:
+    loop = asyncio.get_running_loop()
+    options = start.welcome.options
+    try:
+        host = _host(loop, application, options)
+        await host.start()
+    except CopyoverError as problem:  # it refuses the reload
+        _fail(start.channel, problem)
+    ready = messages.Ready(
+        application=start.welcome.application,
+        loop=start.loop,
+        writes=host.schema,
+        reads=host.readable,
+        shares=host.shares,
+    )
+    identity = _identity(start, ready)
+    equipment = Equipment(identity, _slots(start.slots, host), host.enters_at_once, options.get("reenter_rate", 0.0))
+    runtime = Runtime(loop, start.channel, host, listeners, equipment)
+    loop.add_signal_handler(signal.SIGTERM, runtime.terminate)
     runtime.send(ready)
     # Until here stderr is a pipe, so that the holder can quote it; a pipe would break when the holder dies.
     sys.stderr.flush()
-    os.dup2(stderr, 2)
-    os.close(stderr)
+    os.dup2(start.stderr, 2)
+    os.close(start.stderr)
     await runtime.run()
+
+
+def _load(welcome: messages.Welcome) -> Application[Any] | Asgi:
+    options = welcome.options
+    uvicorn = options.get("uvicorn") or {}
+    if uvicorn.get("env_file"):  # before the application is imported, which reads it
+        from copyover.adapters import environment  # noqa: PLC0415  # only releases with uvicorn have it
+
+        environment.load(uvicorn["env_file"])
+    return load(
+        welcome.application,
+        welcome.app_dir,
+        interface=options.get("interface", "auto"),
+        is_factory=bool(uvicorn.get("factory")),
+    )
+
+
+def _host(loop: asyncio.AbstractEventLoop, application: Application[Any] | Asgi, options: dict[str, Any]) -> Host:
+    limits = _limits(options)
+    if isinstance(application, Application):
+        return Handlers(loop, application, limits)
+    from copyover.adapters.uvicorn import Uvicorn  # noqa: PLC0415  # handlers do without
+
+    return Uvicorn(loop, application, limits, options)
 
 
 def _inherited(name: str) -> int:
@@ -127,17 +170,14 @@ def _hello(worker: int, instance: str) -> messages.Hello:
     )
 
 
-def _identity(
-    hello: messages.Hello, welcome: messages.Welcome, ready: messages.Ready, directory: str, home: tuple[str, str]
-) -> Identity:
+def _identity(start: Start, ready: messages.Ready) -> Identity:
     """Return what a new holder will be told, should this one die."""
-    path, key = home
     attach = messages.Attach(
-        key=key,
-        generation=welcome.generation,
-        directory=directory,
+        key=start.home.key,
+        generation=start.welcome.generation,
+        directory=start.home.directory,
         python=sys.executable,
-        app_dir=welcome.app_dir,
+        app_dir=start.welcome.app_dir,
         application=ready.application,
         loop=ready.loop,
         writes=ready.writes,
@@ -145,9 +185,9 @@ def _identity(
         shares=ready.shares,
         is_committed=False,
         is_leaving=False,
-        names=welcome.names,
+        names=start.welcome.names,
     )
-    return Identity(path, hello, attach)
+    return Identity(start.home.path, start.hello, attach)
 
 
 def _await_welcome(channel: Channel) -> tuple[messages.Welcome, list[int]]:
@@ -179,13 +219,11 @@ def _limits(options: dict[str, Any]) -> Limits:
     return Limits(**{name: value for name, value in options.items() if name in known})
 
 
-def _slots(descriptor: int | None, application: Application[Any]) -> Slots | None:
+def _slots(descriptor: int | None, host: Host) -> Slots | None:
     if descriptor is None:
         return None
     try:
-        return Slots(
-            descriptor, application.encode_state, is_json=application.encode is None, schema=application.schema
-        )
+        return Slots(descriptor, host.encode_state, is_json=host.is_json, schema=host.schema)
     except (OSError, WireError) as problem:
         log.warning("event=slots problem=%r", f"connections are not saved: {problem}")
         return None

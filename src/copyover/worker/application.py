@@ -17,7 +17,8 @@ import attrs
 from attrs.validators import ge, le
 
 from copyover.errors import ApplicationNotFound, NotAHandler, StartupFailed
-from copyover.worker.connection import CannotFreeze, Connection, S
+from copyover.worker.connection import Connection, S
+from copyover.worker.served import CannotFreeze
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -156,9 +157,19 @@ def _not_json(value: object, path: str) -> str | None:
     )
 
 
-def load(spec: str, app_dir: str) -> Application[Any]:
+@attrs.frozen
+class Asgi:
+    """An ASGI application (or WSGI, where *interface* says so): what a server is given instead of a handler."""
+
+    app: Any
+    interface: str
+
+
+def load(spec: str, app_dir: str, *, interface: str = "auto", is_factory: bool = False) -> Application[Any] | Asgi:
     """
     Return the application that ``module:attribute`` names, factories included.
+
+    *interface* is what it is taken for: ``handler``, ``asgi``, ``asgi2``, ``asgi3`` or ``wsgi``; ``auto`` looks.
 
     Raises:
         ApplicationNotFound: no such module or attribute.
@@ -178,7 +189,39 @@ def load(spec: str, app_dir: str) -> Application[Any]:
             found = getattr(found, name)
         except AttributeError as missing:
             raise ApplicationNotFound(f"module {module_name} ({module.__file__}) has no {attribute}") from missing
-    return _application(found, spec, module, is_made=False)
+    is_made = _is_factory(found) or (is_factory and callable(found))
+    if is_made:
+        assert callable(found)
+        found, spec = _make(found, spec), f"what {spec}() made"
+    if interface == "handler" or (interface == "auto" and not is_asgi(found)):
+        return _application(found, spec, module)
+    if not callable(found):
+        raise NotAHandler(f"{spec} is of type {type(found).__name__}; an ASGI application is callable")
+    return Asgi(found, interface)
+
+
+def is_asgi(found: object) -> bool:
+    """Whether it can be called as ``await app(scope, receive, send)``."""
+    if isinstance(found, Application) or not callable(found) or inspect.isclass(found):
+        return False
+    return _required_parameters(found) == 3
+
+
+def _is_factory(found: object) -> bool:
+    if isinstance(found, Application) or not callable(found) or _is_coroutine_function(found):
+        return False
+    return _required_parameters(found) == 0
+
+
+def _make(factory: Callable[[], object], spec: str) -> object:
+    try:
+        return factory()
+    except Exception as problem:
+        raise StartupFailed(f"the factory {spec} raised {type(problem).__name__}: {problem}") from problem
+
+
+def _is_coroutine_function(found: object) -> bool:
+    return inspect.iscoroutinefunction(found) or inspect.iscoroutinefunction(getattr(found, "__call__", None))  # noqa: B004
 
 
 def _import(name: str, app_dir: str) -> ModuleType:
@@ -192,23 +235,20 @@ def _import(name: str, app_dir: str) -> ModuleType:
         raise StartupFailed(f"importing {name} raised {type(problem).__name__}: {problem}") from problem
 
 
-def _application(found: object, spec: str, module: ModuleType, *, is_made: bool) -> Application[Any]:
+def _application(found: object, spec: str, module: ModuleType) -> Application[Any]:
     if isinstance(found, Application):
         return found
+    needed = "an async def handler(connection), or an ASGI application, is needed"
     if not callable(found):
-        raise NotAHandler(f"{spec} is of type {type(found).__name__}; an async def handler(connection) is needed")
-    needed = _required_parameters(found)
-    if inspect.iscoroutinefunction(found) or inspect.iscoroutinefunction(getattr(found, "__call__", None)):  # noqa: B004
-        if needed != 1:
-            raise NotAHandler(f"{spec} takes {needed} arguments; a handler takes one, the connection")
-        return _with_siblings(found, module)
-    if needed == 0 and not is_made:
-        try:
-            made = found()
-        except Exception as problem:
-            raise StartupFailed(f"the factory {spec} raised {type(problem).__name__}: {problem}") from problem
-        return _application(made, f"what {spec}() made", module, is_made=True)
-    raise NotAHandler(f"{spec} is no coroutine function; a handler is an async def that takes the connection")
+        raise NotAHandler(f"{spec} is of type {type(found).__name__}; {needed}")
+    if not _is_coroutine_function(found):
+        raise NotAHandler(f"{spec} is no coroutine function; {needed}")
+    count = _required_parameters(found)
+    if count != 1:
+        raise NotAHandler(
+            f"{spec} takes {count} arguments; a handler takes one, the connection, an ASGI application three"
+        )
+    return _with_siblings(found, module)
 
 
 def _required_parameters(found: Callable[..., object]) -> int:

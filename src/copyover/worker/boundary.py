@@ -1,5 +1,5 @@
 """
-Where a connection stands: at a boundary or away from it, running, asked to halt, halted, or frozen.
+Where the handler of a connection stands: at a boundary or away from it.
 
 It decides when a handler may be suspended for good; it reads and writes no byte.
 """
@@ -7,28 +7,19 @@ It decides when a handler may be suspended for good; it reads and writes no byte
 from __future__ import annotations
 
 import asyncio
-import enum
-import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from copyover.messages import RecordFlag
+from copyover.worker.served import Course, Served
 from copyover.worker.transport import Phase
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from copyover.worker.slot import Slot
+    from copyover.worker.served import Limits
     from copyover.worker.transport import Transport
 
 
-class Course(enum.Enum):
-    RUNNING = "running"
-    ASKED = "asked"  # to halt at its next boundary
-    HALTED = "halted"  # stands at a boundary; pushes still reach its unsent bytes
-    FROZEN = "frozen"  # its record is taken: it is inert
-
-
-class Standing:
+class Standing(Served):
     """
     Where one connection stands. A handler that is halted raises nothing: it stays suspended behind a gate.
 
@@ -36,40 +27,12 @@ class Standing:
     was entered or passed its last boundary, and is not pinned.
     """
 
-    __slots__ = (
-        "_busy",
-        "_carried",
-        "_course",
-        "_drainers",
-        "_gate",
-        "_idle",
-        "_is_stopping",
-        "_is_waiting",
-        "_loop",
-        "_on_halt",
-        "_pins",
-        "_transport",
-        "_waiter",
-        "halted_ns",
-        "is_left",
-        "on_boundary",
-        "slot",
-    )
+    __slots__ = ("_busy", "_drainers", "_gate", "_idle", "_is_waiting", "_pins", "_waiter")
 
-    if TYPE_CHECKING:
-        state: Any  # the connection's own
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, transport: Transport) -> None:
-        self._loop = loop
-        self._transport = transport
-        self.halted_ns = 0
-        self.is_left = False  # its handler has returned
-        # Called once, at the first boundary after the handler was entered.
-        self.on_boundary: Callable[[], None] | None = None
-        self.slot: Slot | None = None
-        self._carried = 0  # the flags that it was restored with, until its first boundary
-        self._course = Course.RUNNING
-        self._on_halt: Callable[[], None] | None = None
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, transport: Transport, *, cookie: int, listener: str, limits: Limits
+    ) -> None:
+        super().__init__(loop, transport, cookie=cookie, listener=listener, limits=limits)
         self._gate: asyncio.Event | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._drainers: list[asyncio.Future[None]] | None = None
@@ -77,18 +40,8 @@ class Standing:
         self._busy: str | None = None  # what took it away from its last boundary
         self._pins: list[str] | None = None
         self._is_waiting = False
-        self._is_stopping = False
-        transport.on_change = self._changed
 
     # ---- for the runtime
-
-    @property
-    def course(self) -> Course:
-        return self._course
-
-    @property
-    def transport(self) -> Transport:
-        return self._transport
 
     @property
     def is_over(self) -> bool:
@@ -106,7 +59,6 @@ class Standing:
 
     @property
     def reason(self) -> str:
-        """Why it is not at a boundary, for operators."""
         if self._pins:
             return self._pins[-1]
         if self._idle is not None and self._idle.done():
@@ -114,47 +66,17 @@ class Standing:
         return f"in the middle of a message, since its {self._busy}" if self._busy else "it has not reached a boundary"
 
     def ask_to_halt(self, on_halt: Callable[[], None]) -> bool:
-        """Halt at the next boundary; True when it stands at one now, else *on_halt* is called then."""
-        if self.is_at_boundary:
-            self._halt_now()
-            return True
-        self._course = Course.ASKED
-        self._on_halt = on_halt
-        self._wake_drainers()
-        return False
+        is_halted = super().ask_to_halt(on_halt)
+        if not is_halted:
+            self._wake_drainers()
+        return is_halted
 
     def go_on(self) -> None:
         """Serve on, from where it was halted; the very coroutine."""
-        self._course = Course.RUNNING
-        self._on_halt = None
-        if self._gate is not None:
-            gate, self._gate = self._gate, None
+        gate, self._gate = self._gate, None
+        if gate is not None:
             gate.set()
-            self._transport.start()
-
-    def leave(self) -> None:
-        """Its handler has returned: only what is unsent is still to do, by whoever has it."""
-        self.is_left = True
-        if self.on_boundary is not None:
-            self._arrive()
-        self._save()
-        self._transport.finish()
-        if self._course is Course.ASKED and self._transport.phase is not Phase.CLOSED:
-            self._halt_now()
-            if self._on_halt is not None:
-                self._on_halt()
-
-    def move_slot(self, epoch: int) -> None:
-        """Go on at a later epoch, from where it was frozen."""
-        if self.slot is not None:
-            self.slot.move_to(epoch)
-            self._save()
-
-    def leave_slot(self) -> None:
-        """It is this worker's no more."""
-        if self.slot is not None:
-            self.slot.free()
-            self.slot = None
+        super().go_on()
 
     def stop(self) -> None:
         """End at the next boundary, as if the client had."""
@@ -168,39 +90,21 @@ class Standing:
         return self._busy is None and not self._pins and self._transport.phase is Phase.OPEN
 
     def _arrive(self) -> None:
-        """A boundary: everything before it is complete."""
         self._busy = None
         self._carried = 0
         if self.slot is not None and not self._pins and self._transport.phase is Phase.OPEN:
             self.slot.save(self._transport, self.state)
         if self.on_boundary is not None:
-            arrived, self.on_boundary = self.on_boundary, None
-            arrived()
-
-    @property
-    def _flags(self) -> int:
-        """What a record of it says."""
-        flags = self._carried
-        if self.is_left or self._transport.phase is not Phase.OPEN:  # closed by another task while it was at a boundary
-            flags |= RecordFlag.FINISHED
-        if self._transport.phase is Phase.LINGERING:
-            flags |= RecordFlag.WRITE_CLOSED
-        return int(flags)
+            super()._arrive()
 
     @property
     def _is_settled(self) -> bool:
         """It stands at a boundary, and what comes and goes without its handler leaves it there."""
         return self._course is Course.HALTED or self.is_at_boundary
 
-    def _save(self) -> None:
-        if self.slot is not None and self._transport.phase is not Phase.CLOSED:
-            self.slot.save(self._transport, self.state, self._flags)
-
     async def _halt_if_asked(self) -> None:
         if self._course is Course.ASKED and self._may_halt:
-            self._halt_now()
-            if self._on_halt is not None:
-                self._on_halt()
+            self._halt_and_say()
             await self._pass_gate()
 
     async def _pass_gate(self) -> None:
@@ -245,13 +149,11 @@ class Standing:
         await self._pass_gate()
 
     def _halt_now(self) -> None:
-        self._course = Course.HALTED
         self._gate = asyncio.Event()
-        self.halted_ns = time.monotonic_ns()
-        self._transport.pause()
+        super()._halt_now()
 
     def _changed(self) -> None:
-        """The transport's news; who waits at a boundary saves what came once it has seen that it makes no message."""
+        """Who waits at a boundary saves what came once it has seen that it makes no message."""
         if self.is_left:
             self._save()
         self._wake()

@@ -12,16 +12,16 @@ import contextlib
 import contextvars
 from typing import TYPE_CHECKING, Any, Generic
 
-import attrs
-
-from copyover.errors import ConnectionClosed, CopyoverError, LimitExceeded, Moved
-from copyover.messages import Act, Record, RecordFlag
-from copyover.worker.boundary import Course, Standing
+from copyover.errors import ConnectionClosed, LimitExceeded, Moved
+from copyover.messages import Act
+from copyover.worker.boundary import Standing
+from copyover.worker.served import Course
 from copyover.worker.transport import Phase
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
+    from copyover.worker.served import Limits
     from copyover.worker.transport import Transport
 
 if TYPE_CHECKING:
@@ -41,20 +41,6 @@ WRITE_AHEAD_BYTES = 64 << 10  # what a write may leave unsent before the next on
 current: contextvars.ContextVar[Connection[Any] | None] = contextvars.ContextVar("copyover", default=None)
 
 
-@attrs.frozen
-class Limits:
-    """How much of one connection is kept in memory, and how much of it travels."""
-
-    line_bytes: int = 64 << 10
-    message_bytes: int = 1 << 20
-    unsent_bytes: int = 16 << 20
-    record_bytes: int = 32 << 20
-
-
-class CannotFreeze(CopyoverError):
-    """The connection stands at a boundary and still cannot travel; the text says why."""
-
-
 class Connection(Standing, Generic[S]):
     """
     One live client, across every reload.
@@ -67,7 +53,9 @@ class Connection(Standing, Generic[S]):
     was sent since is lost. Nothing tells how much of it: the handler has to agree anew with the client.
     """
 
-    __slots__ = ("_forward", "_limits", "_peer", "cookie", "interrupted", "listener", "resumed", "state")
+    __slots__ = ("_forward", "_peer")
+
+    state: S
 
     def __init__(
         self,
@@ -79,18 +67,9 @@ class Connection(Standing, Generic[S]):
         limits: Limits,
         forward: Callable[[int, Act, bytes], bool],
     ) -> None:
-        super().__init__(loop, transport)
-        self._limits = limits
+        super().__init__(loop, transport, cookie=cookie, listener=listener, limits=limits)
         self._forward = forward
-        self.cookie = cookie
-        self.listener = listener
-        self.resumed = False
-        self.interrupted = False
-        self.state: S
         self._peer: object = None
-
-    def __repr__(self) -> str:
-        return f"<Connection {self.cookie} on {self.listener} {self._course.value}>"
 
     # ---- reading
 
@@ -247,7 +226,6 @@ class Connection(Standing, Generic[S]):
             raise Moved(f"connection {self.cookie} has moved to another worker, and the holder is gone")
 
     def deliver(self, act: int, data: bytes | bytearray | memoryview) -> None:
-        """Do what somebody, perhaps in another worker, did to this connection; for the runtime."""
         is_settled = self._is_settled
         if act != Act.SEND:
             end = self._transport.abort if act == Act.ABORT else self._transport.finish
@@ -366,46 +344,6 @@ class Connection(Standing, Generic[S]):
             if self.is_over:
                 return None
             await self._wait()
-
-    # ---- for the runtime
-
-    def export(self, *, schema: int, state: bytes) -> Record:
-        """
-        Take its record; from here it is inert.
-
-        Raises:
-            CannotFreeze: it is larger than the record quota.
-
-        """
-        transport = self._transport
-        unread = transport.unread
-        size = len(unread) + len(transport.output) + len(state)
-        if size > self._limits.record_bytes:
-            raise CannotFreeze(f"its record of {size} bytes is over the quota of {self._limits.record_bytes}")
-        self._course = Course.FROZEN
-        return Record(
-            kind=0,
-            flags=self._flags,
-            schema=schema,
-            received=transport.received,
-            sent=transport.sent,
-            halted_ns=self.halted_ns,
-            unread=unread,
-            unsent=bytes(transport.output),
-            state=state,
-        )
-
-    def restore(self, record: Record, state: S) -> None:
-        """Become what *record* says, paused."""
-        phase = Phase.OPEN
-        if record.flags & RecordFlag.FINISHED:
-            phase = Phase.LINGERING if record.flags & RecordFlag.WRITE_CLOSED else Phase.FINISHING
-            self.is_left = True
-        self._transport.restore(record, phase)
-        self.state = state
-        self._carried = record.flags & (RecordFlag.INTERRUPTED | RecordFlag.FRESH)
-        self.interrupted = bool(record.flags & RecordFlag.INTERRUPTED)
-        self.resumed = self.interrupted or not record.flags & RecordFlag.FRESH
 
 
 class _Messages(Generic[M]):

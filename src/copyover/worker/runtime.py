@@ -7,7 +7,6 @@ It decides nothing of the protocol: messages go to the agent, effects are carrie
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import functools
 import gc
 import logging
@@ -15,28 +14,27 @@ import os
 import socket
 import sys
 import time
-from typing import TYPE_CHECKING, Any, assert_never
+from typing import TYPE_CHECKING, assert_never
 
 import attrs
 
 from copyover import messages
 from copyover.channel import RETRY_S, Backlog
-from copyover.errors import ChannelClosed, CopyoverError, IllegalEvent, LimitExceeded, WireError
+from copyover.errors import ChannelClosed, CopyoverError, IllegalEvent, WireError
 from copyover.sockets import cookie_of
 from copyover.worker import effects
 from copyover.worker.accepting import Acceptor
 from copyover.worker.agent import Agent
-from copyover.worker.boundary import Course
-from copyover.worker.connection import CannotFreeze, Connection, Limits, current
-from copyover.worker.cut import Cut
+from copyover.worker.entrance import Entrance
 from copyover.worker.seeking import Identity, Seeker
+from copyover.worker.served import Course, Served
 from copyover.worker.transport import Phase, Transport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from copyover.channel import Channel, Packet
-    from copyover.worker.application import Application
+    from copyover.worker.host import Host
     from copyover.worker.slot import Slots
 
 log = logging.getLogger("copyover.worker")
@@ -48,11 +46,12 @@ LAST_S = 1.0
 
 @attrs.frozen
 class Equipment:
-    """What a worker has beside its application. Without *slots* its connections do not outlive its SIGKILL."""
+    """What a worker has beside its host. Without *slots* its connections do not outlive its SIGKILL."""
 
-    limits: Limits
     identity: Identity
     slots: Slots | None
+    enters_at_once: int = sys.maxsize
+    enters_a_second: float = 0.0
 
 
 class Runtime:
@@ -62,7 +61,7 @@ class Runtime:
         self,
         loop: asyncio.AbstractEventLoop,
         channel: Channel,
-        application: Application[Any],
+        host: Host,
         listeners: dict[int, socket.socket],
         equipment: Equipment,
     ) -> None:
@@ -71,22 +70,21 @@ class Runtime:
         self._identity = equipment.identity
         self._seeker = Seeker(loop, equipment.identity, self._attach)
         self._channel: Channel | None = channel
-        self._application = application
+        self._host = host
+        host.forward, host.left = self._forward, self._leave_if_done
         # Of the listeners; of some there are connections only.
         self._names = {int(number): name for number, name in self._identity.attach.names.items()}
         self._numbers: dict[int, int] = {}  # of the listener that each connection came by
         self._acceptor = Acceptor(loop, listeners, self._accepted)
-        self._limits = equipment.limits
+        self._entrance = Entrance(loop, host.enter, at_once=equipment.enters_at_once, rate=equipment.enters_a_second)
         self._agent = Agent()
-        self._connections: dict[int, Connection[Any]] = {}
-        self._tasks: dict[int, asyncio.Task[None]] = {}
-        # Coroutines of connections that moved: destroyed, they would run their finally blocks.
-        self._asleep: list[asyncio.Task[None]] = []
+        self._connections: dict[int, Served] = {}
         self._incoming: list[int] = []
         self._pushed: list[tuple[int, int, bytes]] = []  # to connections that have moved
         self._ended: dict[int, messages.How] = {}
         self._how: messages.How | None = None  # what ends connections from outside, once this worker is leaving
         self._is_leaving = False
+        self._is_overdue = False  # it leaves whatever is still under way
         self._exit: asyncio.Future[None] = loop.create_future()
         channel.on_backlog = self._on_backlog
 
@@ -96,11 +94,10 @@ class Runtime:
             self._loop.add_reader(self._channel.fileno(), self._channel_readable)
         await self._exit
         self._acceptor.switch(is_on=False)
-        if self._application.shutdown is not None:
-            try:
-                await asyncio.wait_for(self._application.shutdown(), EXIT_S)
-            except Exception:
-                log.exception("the application's shutdown failed")
+        try:
+            await asyncio.wait_for(self._host.stop(), EXIT_S)
+        except Exception:
+            log.exception("the application's shutdown failed")
 
     # ---- the channel
 
@@ -170,8 +167,8 @@ class Runtime:
         records = {}
         for cookie in self._agent.waiting():
             connection = self._connections[cookie]
-            state = self._application.encode_state(connection.state)
-            records[cookie] = connection.export(schema=self._application.schema, state=state)
+            state = self._host.encode_state(connection.state)
+            records[cookie] = connection.export(schema=self._host.schema, state=state)
         self._perform(self._agent.recalled(records, self._numbers))
 
     def _on_backlog(self, backlog: Backlog) -> None:
@@ -216,7 +213,7 @@ class Runtime:
                 case effects.Build(cookies, listeners):
                     self._build_staged(cookies, listeners)
                 case effects.Halt(batch, cookies):
-                    self._perform(self._agent.halted(batch, self._halt(cookies)))
+                    self._halt(batch, cookies)
                 case effects.LetGoOn(cookies):
                     for cookie in cookies:
                         self._connections[cookie].go_on()
@@ -277,22 +274,15 @@ class Runtime:
             self._take_slot(connection, 0, messages.Record(flags=messages.RecordFlag.FRESH))
         self._perform(self._agent.accepted([connection.cookie for connection in fresh], listener))
 
-    def _build(self, sock: socket.socket, cookie: int, number: int) -> Connection[Any]:
+    def _build(self, sock: socket.socket, cookie: int, number: int) -> Served:
         self._numbers[cookie] = number
         transport = Transport(self._loop, sock)
-        connection: Connection[Any] = Connection(
-            self._loop,
-            transport,
-            cookie=cookie,
-            listener=self._names[number],
-            limits=self._limits,
-            forward=self._forward,
-        )
+        connection = self._host.build(transport, cookie=cookie, listener=self._names[number])
         transport.on_closed = lambda: self._closed(connection)
         self._connections[cookie] = connection
         return connection
 
-    def _take_slot(self, connection: Connection[Any], epoch: int, record: messages.Record) -> None:
+    def _take_slot(self, connection: Served, epoch: int, record: messages.Record) -> None:
         if self._slots is None:
             return
         connection.slot = self._slots.take(connection.cookie, epoch, record)
@@ -303,30 +293,7 @@ class Runtime:
         for cookie in cookies:
             connection = self._connections[cookie]
             connection.transport.start()
-            self._start(connection)
-
-    def _start(self, connection: Connection[Any]) -> None:
-        context = contextvars.copy_context()
-        context.run(current.set, connection)
-        self._tasks[connection.cookie] = self._loop.create_task(self._handle(connection), context=context)
-
-    async def _handle(self, connection: Connection[Any]) -> None:
-        try:
-            if not connection.resumed:
-                connection.state = self._application.state()
-            await self._application.handler(connection)
-        except LimitExceeded as problem:
-            log.warning("connection=%d closed: %s", connection.cookie, problem)
-        except Exception as problem:
-            if connection.course is Course.FROZEN:
-                raise  # it is somebody else's by now
-            # That the client went in the middle of a message is its own business, and no failure of the handler.
-            if not (connection.is_over and isinstance(problem, (ConnectionError, asyncio.IncompleteReadError))):
-                log.exception("connection=%d the handler failed", connection.cookie)
-                connection.transport.abort()
-        finally:
-            if connection.course is not Course.FROZEN:
-                connection.leave()
+            self._host.enter(connection)
 
     def _forward(self, cookie: int, act: messages.Act, data: bytes) -> bool:
         """Pass on what was done to a connection that has moved; False if there is nobody to pass it to."""
@@ -345,7 +312,7 @@ class Runtime:
 
     # ---- endings
 
-    def _closed(self, connection: Connection[Any]) -> None:
+    def _closed(self, connection: Served) -> None:
         transport = connection.transport
         how = messages.How.CLOSED
         if self._how is not None:
@@ -355,9 +322,11 @@ class Runtime:
         elif transport.error is not None:
             how = messages.How.RESET
         connection.leave_slot()
+        if connection.on_boundary is not None:
+            connection.on_boundary()
         self._connections.pop(connection.cookie, None)
         self._numbers.pop(connection.cookie, None)
-        self._tasks.pop(connection.cookie, None)
+        self._host.forget(connection)
         if not self._ended:
             self._loop.call_soon(self._flush_ended)
         self._ended[connection.cookie] = how
@@ -399,10 +368,13 @@ class Runtime:
                 connection.transport.close()
             else:
                 connection.transport.abort()
+        self._is_overdue = True
+        self._leave_if_done()
 
     def _leave_if_done(self) -> None:
         is_told = not self._pushed and (self._channel is None or not self._channel.has_backlog)
-        if self._is_leaving and is_told and not (self._connections or self._ended or self._exit.done()):
+        is_busy = self._connections or self._ended or (self._host.is_busy and not self._is_overdue)
+        if self._is_leaving and is_told and not (is_busy or self._exit.done()):
             self._exit.set_result(None)
 
     def terminate(self) -> None:
@@ -425,10 +397,19 @@ class Runtime:
             self._build(sock, cookie, listener)
         self._incoming = []
 
-    def _halt(self, cookies: tuple[int, ...]) -> list[int]:
-        """Return those that stand at a boundary; the others report when they do."""
-        on_halt = {cookie: functools.partial(self._halted_late, cookie) for cookie in cookies}
-        return [cookie for cookie in cookies if self._connections[cookie].ask_to_halt(on_halt[cookie])]
+    def _halt(self, batch: int, cookies: tuple[int, ...]) -> None:
+        """Those that stand at a boundary halt; the others report when they do; some never will."""
+        halted, obstacles = [], {}
+        for cookie in cookies:
+            connection = self._connections[cookie]
+            obstacle = connection.obstacle
+            if obstacle is not None:
+                obstacles[cookie] = obstacle
+            elif connection.ask_to_halt(functools.partial(self._halted_late, cookie)):
+                halted.append(cookie)
+        self._perform(self._agent.halted(batch, halted))
+        if obstacles:
+            self._perform(self._agent.withdrawn(obstacles))
 
     def _halted_late(self, cookie: int) -> None:
         self._flush_ended()
@@ -446,8 +427,8 @@ class Runtime:
         for cookie in asked.cookies:
             connection = self._connections[cookie]
             try:
-                state = self._application.encode_state(connection.state)
-                records[cookie] = connection.export(schema=self._application.schema, state=state)
+                state = self._host.encode_state(connection.state)
+                records[cookie] = connection.export(schema=self._host.schema, state=state)
             except Exception as problem:  # noqa: BLE001  # whatever encode raises keeps the connection here
                 refusals[cookie] = _sentence(problem)
                 log.warning("connection=%d stays: %s", cookie, refusals[cookie])
@@ -459,7 +440,7 @@ class Runtime:
 
     def _export_shared(self) -> bytes | None:
         try:
-            return self._application.encode_shared()
+            return self._host.encode_shared()
         except Exception as problem:  # whatever the application raises refuses the move
             log.exception("export_shared failed")
             self.send(messages.Failed(reason=f"the incumbent's export_shared: {_sentence(problem)}", status=3))
@@ -467,8 +448,7 @@ class Runtime:
 
     def _import_shared(self, shared: tuple[bytes, ...]) -> None:
         try:
-            for part in shared:
-                self._application.decode_shared(part)
+            self._host.decode_shared(shared)
         except Exception as problem:  # whatever the application raises refuses the move
             log.exception("import_shared failed")
             self.send(messages.Failed(reason=f"the replacement's import_shared: {_sentence(problem)}", status=3))
@@ -485,7 +465,7 @@ class Runtime:
             if connection.course is not Course.RUNNING:
                 connection = self._rebuild(connection)
             try:
-                state = self._state_of(record)
+                state = self._host.decode_state(record)
             except Exception as problem:  # noqa: BLE001  # whatever decode raises gives the connection back
                 failures[cookie] = f"its state cannot be read by the replacement: {_sentence(problem)}"
                 log.warning("connection=%d %s", cookie, failures[cookie])
@@ -494,17 +474,9 @@ class Runtime:
                 self._take_slot(connection, epoch, record)
         self._perform(self._agent.restored(failures))
 
-    def _state_of(self, record: messages.Record) -> Any:
-        if record.flags & (messages.RecordFlag.FRESH | messages.RecordFlag.FINISHED):
-            return self._application.state()  # it never had one, or nobody is going to look at it
-        if record.schema not in self._application.readable:
-            reads = ", ".join(map(str, self._application.readable))
-            raise CannotFreeze(f"it is of schema {record.schema}, this release reads {reads}")
-        return self._application.decode_state(record.state, record.schema)
-
-    def _rebuild(self, stale: Connection[Any]) -> Connection[Any]:
+    def _rebuild(self, stale: Served) -> Served:
         """Somebody else has served it meanwhile: the coroutine that waits here is of the past."""
-        self._put_to_sleep(stale.cookie)
+        self._host.put_to_sleep(stale)
         stale.leave_slot()
         return self._build(stale.transport.socket, stale.cookie, self._numbers[stale.cookie])
 
@@ -518,12 +490,8 @@ class Runtime:
                 connection.transport.start()
             else:
                 entering.append(connection)
-        if is_cut:
-            Cut(self._loop, entering)
-        for connection in entering:
-            if not is_cut:
-                connection.transport.start()
-            self._start(connection)
+        if entering:
+            self._entrance.admit(entering, is_cut=is_cut)
 
     def _discard(self, cookies: tuple[int, ...]) -> None:
         for cookie in cookies:
@@ -532,12 +500,8 @@ class Runtime:
             del self._numbers[cookie]
             connection.transport.on_closed = _nothing
             connection.transport.close()
-            self._put_to_sleep(cookie)
-
-    def _put_to_sleep(self, cookie: int) -> None:
-        task = self._tasks.pop(cookie, None)
-        if task is not None:
-            self._asleep.append(task)
+            self._host.put_to_sleep(connection)
+        self._leave_if_done()
 
 
 def leave(status: int) -> None:

@@ -1,0 +1,1 @@
+"""One server an adapter: how the connections of its protocol objects freeze and thaw."""

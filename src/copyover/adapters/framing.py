@@ -1,0 +1,116 @@
+"""
+Where messages end in a stream of bytes, without understanding them.
+
+It tells what may be given to a parser and what has to wait; whether it is valid is the parser's business. A parser that
+sees the end elsewhere is only given its bytes earlier.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import attrs
+
+HEAD_END = b"\r\n\r\n"
+_LONGEST_SIZE_LINE = 4096
+
+
+class _Part(enum.Enum):
+    SIZE = enum.auto()
+    DATA = enum.auto()  # with the CRLF after it
+    TRAILER = enum.auto()
+    OVER = enum.auto()
+
+
+class Chunks:
+    """Follows a chunked body. RFC 9112, 7.1"""
+
+    def __init__(self) -> None:
+        self._part = _Part.SIZE
+        self._left = 0
+        self.is_lost = False  # it is none, or none that can be followed
+
+    @property
+    def is_over(self) -> bool:
+        return self._part is _Part.OVER
+
+    def take(self, buffer: bytearray) -> int:
+        """Return how many bytes at the front of *buffer* belong to the body, as far as that can be said."""
+        at = 0
+        while at < len(buffer) and self._part is not _Part.OVER and not self.is_lost:
+            if self._part is _Part.DATA:
+                step = min(self._left, len(buffer) - at)
+                self._left -= step
+                at += step
+                if self._left == 0:
+                    self._part = _Part.SIZE
+                continue
+            end = buffer.find(b"\n", at)
+            if end < 0:
+                self.is_lost = len(buffer) - at > _LONGEST_SIZE_LINE
+                break
+            self._read_line(bytes(buffer[at:end]).strip())
+            at = end + 1
+        return len(buffer) if self.is_lost else at
+
+    def _read_line(self, line: bytes) -> None:
+        if self._part is _Part.TRAILER:
+            if not line:
+                self._part = _Part.OVER
+            return
+        try:
+            size = int(line.partition(b";")[0], 16)
+        except ValueError:
+            self.is_lost = True
+            return
+        self._left = size + len(b"\r\n")
+        self._part = _Part.DATA if size else _Part.TRAILER
+
+
+@attrs.frozen
+class FrameHeader:
+    """
+    The first bytes of a WebSocket frame. RFC 6455, 5.2
+
+    *size_bytes* is that of the whole frame. *is_ordinary*: nothing in it would make a server refuse it at once.
+    """
+
+    opcode: int
+    is_final: bool
+    is_ordinary: bool
+    size_bytes: int
+
+    @property
+    def is_control(self) -> bool:
+        return self.opcode >= 8
+
+
+CONTINUATION, CLOSE = 0, 8
+_OPCODES = frozenset({0, 1, 2, 8, 9, 10})
+
+
+def frame_header(buffer: bytearray, at: int, *, may_compress: bool) -> FrameHeader | None:
+    """Read the header of the client's frame that begins at *at*; None if more bytes must come."""
+    if len(buffer) - at < 2:
+        return None
+    first, second = buffer[at], buffer[at + 1]
+    opcode, length = first & 0x0F, second & 0x7F
+    extended = {126: 2, 127: 8}.get(length, 0)
+    if len(buffer) - at < 2 + extended:
+        return None
+    if extended:
+        length = int.from_bytes(buffer[at + 2 : at + 2 + extended], "big")
+    is_final, reserved = bool(first & 0x80), first & 0x70
+    is_control = opcode >= 8
+    may_be_set = 0x40 if may_compress and not is_control and opcode != CONTINUATION else 0
+    return FrameHeader(
+        opcode=opcode,
+        is_final=is_final,
+        is_ordinary=(
+            opcode in _OPCODES
+            and not reserved & ~may_be_set
+            and bool(second & 0x80)
+            and (not is_control or (is_final and not extended))
+        ),
+        size_bytes=2 + extended + 4 + length,
+    )

@@ -1,0 +1,320 @@
+"""
+uvicorn's HTTP connections: fed one request at a time, frozen between two of them.
+
+The next request stays in the buffer until the last one is answered, so a pipelined request is never half served. What
+of uvicorn's protocol classes is touched beyond asyncio's interface is touched here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import TYPE_CHECKING, Any
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from copyover.adapters.framing import HEAD_END, Chunks
+from copyover.adapters.visit import Visit, check_readable
+from copyover.messages import Kind
+from copyover.worker.hosted import Adapter
+
+if TYPE_CHECKING:
+    from collections.abc import MutableMapping
+
+    from copyover.adapters.uvicorn import Uvicorn
+    from copyover.worker.hosted import Face
+
+_BLANK = b"\r\n"
+_IDLE = b"h"  # a state's first byte: between two requests, with what is left of the keep-alive time in seconds
+_STREAM = b"s"  # in the middle of a response without end
+_QUIET_TURNS = 12  # of the loop: what an application has sent may pass through a few tasks of its middleware
+
+Message = Any
+
+
+class Http(Adapter):
+    """What both of uvicorn's HTTP protocols have in common here; mixed into each of them."""
+
+    kind = Kind.HTTP
+
+    if TYPE_CHECKING:  # what the protocols have
+        app: Any
+        cycle: Any
+        flow: Any
+        limit_concurrency: int | None
+        transport: Any
+        timeout_keep_alive_task: asyncio.TimerHandle | None
+
+        def data_received(self, data: bytes) -> None: ...
+        def timeout_keep_alive_handler(self) -> None: ...
+
+    def _begin(self, host: Uvicorn) -> None:
+        self._host = host
+        self._app = self.app
+        self.app = self._enter
+        self._visit: Visit | None = None
+        self._returning: tuple[Visit, dict[str, Any]] | None = None
+        self._seen = 0  # bytes of an incomplete head that the parser has
+        self._body: int | Chunks = 0  # what is to come of the body
+        self._head = b""  # of the request under way
+        self._response_head: bytes | None = None
+        self._keep_alive_s: float | None = None
+        self._frozen: bytes | Exception = b""
+        self._quiet_turns = 0
+
+    @property
+    def _face(self) -> Face:
+        face: Face = self.transport
+        return face
+
+    # ---- feeding
+
+    def feed(self, buffer: bytearray) -> bool:
+        if self._body:
+            return self._feed_body(buffer)
+        if self._is_answering:
+            return False
+        return self._feed_head(buffer)
+
+    @property
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _feed_head(self, buffer: bytearray) -> bool:
+        before = self.cycle
+        found = buffer.find(HEAD_END, max(self._seen - len(HEAD_END) + 1, 0))
+        stop = len(buffer) if found < 0 else found + len(HEAD_END)
+        if stop == self._seen:
+            return False
+        head = bytes(buffer[:stop])
+        piece, self._seen = head[self._seen :], stop
+        self.data_received(piece)
+        if self.cycle is not before:
+            self._take_head(buffer, head)
+        elif self._face.is_closing() or self._face.hosted.protocol is not self or not head.strip(_BLANK):
+            self._drop(buffer, stop)
+        return found >= 0
+
+    def _take_head(self, buffer: bytearray, head: bytes) -> None:
+        self._drop(buffer, len(head))
+        self._head, self._response_head = head, None
+        self._body = _body_of(self.cycle.scope["headers"]) if self.cycle.more_body else 0
+
+    def _drop(self, buffer: bytearray, count: int) -> None:
+        del buffer[:count]
+        self._seen = 0
+
+    def _feed_body(self, buffer: bytearray) -> bool:
+        if isinstance(self._body, Chunks):
+            count = self._body.take(buffer)
+        else:
+            count = min(self._body, len(buffer))
+            self._body -= count
+        if not count:
+            return False
+        piece = bytes(buffer[:count])
+        del buffer[:count]
+        if isinstance(self._body, Chunks) and self._body.is_over:
+            self._body = 0
+        self.data_received(piece)
+        return True
+
+    # ---- the application
+
+    async def _enter(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+        visit, said = Visit(is_resumable=self._host.resumes_streams), None
+        if self._returning is not None:
+            (visit, said), self._returning = self._returning, None
+            await self._respond_again(said, send)
+            send = _without_start(send)
+        self._visit = visit
+        visit.greet(scope)
+        self._host.visits.add(visit)
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._host.leave(visit)
+
+    async def _respond_again(self, said: dict[str, Any], send: Any) -> None:
+        """Bring the protocol to where the response was; the client has its head."""
+        headers = [(b"transfer-encoding", b"chunked")]
+        if not said["keep_alive"]:
+            headers.append((b"connection", b"close"))
+        self.cycle.access_log = False  # it was logged when it began
+        self._face.hosted.mute(is_muted=True)
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        self._face.hosted.mute(is_muted=False)
+        self._response_head = b"\r\n".join(b": ".join(header) for header in headers)
+        self._face.hosted.arrive()
+
+    def answered(self) -> None:
+        """The response is complete; the next request may come, or a reload."""
+        hosted = self._face.hosted
+        self._became(Kind.HTTP)
+        hosted.settle()
+        if hosted.transport.input:
+            hosted.settle_soon()
+
+    def _became(self, kind: Kind) -> None:
+        self.kind = kind
+        self._face.hosted.became(kind)
+
+    def wrote(self, data: bytes | bytearray | memoryview) -> None:
+        """Note that something of a response is on its way; its head comes first, and alone."""
+        self._quiet_turns = 0
+        if self._response_head is None and self.cycle is not None and self.cycle.response_started:
+            self._response_head = bytes(data).lower()
+        if self._visit is not None and self._visit.is_resumable and self._why_no_stream() is None:
+            self._became(Kind.STREAM)
+
+    # ---- freezing
+
+    def can_freeze(self) -> str | None:
+        if self._is_answering:
+            return self._why_no_stream() or ("it may be sending" if self._quiet_turns < _QUIET_TURNS else None)
+        if self._body:
+            return "the rest of a request is still to come"
+        return None
+
+    @property
+    def obstacle(self) -> str | None:
+        if not self._is_answering or self._body or not self._is_streaming:
+            return None
+        return self._why_no_stream()
+
+    @property
+    def _is_streaming(self) -> bool:
+        """Whether it has begun a response of which nobody knows the length."""
+        return self._response_head is not None and b"transfer-encoding: chunked" in self._response_head
+
+    def _why_no_stream(self) -> str | None:
+        """Return why what is under way cannot be gone on with elsewhere."""
+        if self._visit is None or not self.cycle.response_started or not self._is_streaming:
+            return "a request is being answered"
+        if not self._visit.is_resumable:
+            return "its response is a stream, and its application has not said that it can be entered again"
+        if self.cycle.more_body or _body_of(self.cycle.scope["headers"]):
+            return "its response is a stream, and its request has a body, which would have to be read again"
+        return None
+
+    def asked(self) -> None:
+        """Wait until nothing is under way between the application and us, to halt there."""
+        self._quiet_turns = 0
+        if self._is_answering and self._why_no_stream() is None:
+            asyncio.get_running_loop().call_soon(self._turn)
+
+    def _turn(self) -> None:
+        if not self._face.hosted.is_asked or not self._is_answering or self._why_no_stream() is not None:
+            return
+        self._quiet_turns += 1
+        if self._quiet_turns >= _QUIET_TURNS:
+            self._face.hosted.settle()
+        else:
+            asyncio.get_running_loop().call_soon(self._turn)
+
+    def halted(self) -> None:
+        loop = asyncio.get_running_loop()
+        timer = self.timeout_keep_alive_task
+        self._keep_alive_s = None
+        if timer is not None:
+            self._keep_alive_s = max(timer.when() - loop.time(), 0.0)
+            timer.cancel()
+            self.timeout_keep_alive_task = None
+        if self._is_answering:
+            self._frozen = self._stream_state()
+            self.flow.pause_writing()
+
+    def _stream_state(self) -> bytes | Exception:
+        """Return where the stream is, now that its application cannot send any more."""
+        assert self._visit is not None
+        keeps_alive = b"connection: close" not in (self._response_head or b"")
+        said = {"keep_alive": keeps_alive, "name": self._visit.name, "version": self._visit.version}
+        try:
+            state = self._visit.state_bytes()
+        except Exception as problem:  # noqa: BLE001  # whatever is wrong with it is said when its record is taken
+            return problem
+        return b"\n".join([_STREAM + json.dumps(said).encode(), state, self._head])
+
+    def going_on(self) -> None:
+        if self._keep_alive_s is not None:
+            loop = asyncio.get_running_loop()
+            self.timeout_keep_alive_task = loop.call_later(self._keep_alive_s, self.timeout_keep_alive_handler)
+        if self._is_answering and not self._face.hosted.is_full:
+            self.flow.resume_writing()
+
+    def freeze(self) -> bytes:
+        if not self._is_answering:
+            return _IDLE if self._keep_alive_s is None else _IDLE + b"%.3f" % self._keep_alive_s
+        if isinstance(self._frozen, Exception):
+            raise self._frozen
+        return self._frozen
+
+    def snapshot(self) -> bytes:
+        return _IDLE
+
+    def thaw(self, state: bytes) -> None:
+        if state[:1] == _STREAM:
+            said, app_state, head = state[1:].split(b"\n", 2)
+            told = json.loads(said)
+            self._returning = Visit.again(json.loads(app_state), name=told["name"], version=told["version"]), told
+            self._became(Kind.STREAM)
+            self._head = head
+            self.limit_concurrency = None  # it was let in long ago
+            self.data_received(head)
+        elif state[1:]:
+            self._keep_alive_s = float(state[1:])
+            self.going_on()
+
+    @property
+    def visit(self) -> Visit | None:
+        return self._visit if self._is_answering else None
+
+
+def check(state: bytes) -> None:
+    """
+    See that this release can go on from *state*.
+
+    Raises:
+        CannotFreeze: it has no such route, or one that reads other versions.
+
+    """
+    if state[:1] == _STREAM:
+        told = json.loads(state[1:].partition(b"\n")[0])
+        check_readable(told["name"], told["version"])
+
+
+def _body_of(headers: list[tuple[bytes, bytes]]) -> int | Chunks:
+    """Return what body a request has that says this of it."""
+    length = 0
+    for name, value in headers:
+        if name == b"transfer-encoding":
+            return Chunks()
+        if name == b"content-length" and value.isdigit():
+            length = int(value)
+    return length
+
+
+def _without_start(send: Any) -> Any:
+    """Swallow the first start of a response."""
+    is_begun = False
+
+    async def go_on(message: Message) -> None:
+        nonlocal is_begun
+        if not is_begun and message["type"] == "http.response.start":
+            is_begun = True
+            return
+        await send(message)
+
+    return go_on
+
+
+class H11(Http, H11Protocol):
+    """``--http h11``"""
+
+    def __init__(self, host: Uvicorn, **kwargs: Any) -> None:
+        H11Protocol.__init__(self, **kwargs)
+        self._begin(host)
+
+    def on_response_complete(self) -> None:
+        H11Protocol.on_response_complete(self)
+        self.answered()

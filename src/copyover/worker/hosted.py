@@ -1,0 +1,460 @@
+"""
+A connection that a protocol object of a server serves: our bytes, its protocol.
+
+It feeds the protocol and halts where that says that it can be frozen; what the bytes mean is the protocol's business.
+"""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any
+
+from copyover.messages import Act, Kind, RecordFlag
+from copyover.worker.served import CannotFreeze, Course, Served
+from copyover.worker.transport import Phase
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from copyover.messages import Record
+    from copyover.worker.host import Host
+    from copyover.worker.served import Limits
+    from copyover.worker.transport import Transport
+
+log = logging.getLogger("copyover.worker")
+
+HIGH_WATER_BYTES = 64 << 10  # unsent, at which a protocol is asked to write no more; as in asyncio
+LOW_WATER_BYTES = HIGH_WATER_BYTES // 4
+
+
+class Adapter(abc.ABC):
+    """What a protocol object must be able to do, to be served across reloads."""
+
+    kind: Kind
+
+    @abc.abstractmethod
+    def feed(self, buffer: bytearray) -> bool:
+        """
+        Take whole pieces off the front of *buffer*; False if it has to wait, for more bytes or for its application.
+
+        What is left in the buffer travels as it is: a head, a frame or a message that is not complete is left there.
+        """
+
+    @abc.abstractmethod
+    def can_freeze(self) -> str | None:
+        """Return why it cannot be frozen now, None if it can."""
+
+    @abc.abstractmethod
+    def freeze(self) -> bytes:
+        """
+        Return what its successor needs beside the unread bytes.
+
+        Raises:
+            CannotFreeze: it would not come out as it went in.
+
+        """
+
+    @abc.abstractmethod
+    def thaw(self, state: bytes) -> None:
+        """Become what *state* says; called once, right after ``connection_made``."""
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why it will not be able to freeze soon; None if it may."""
+        return None
+
+    def snapshot(self) -> bytes:
+        """Return what ``freeze`` would, for the slot: at each boundary, so it had better be cheap."""
+        return self.freeze()
+
+    def halted(self) -> None:
+        """Let no timer fire from here on."""
+
+    def going_on(self) -> None:
+        """Go on after ``halted``, where it was."""
+
+    def asked(self) -> None:
+        """Say ``settle`` to the connection once it can freeze: a halt was asked for, and it could not."""
+
+    def abandon(self) -> None:
+        """Be no more, quietly: somebody else serves it by now."""
+
+    def wrote(self, data: bytes | bytearray | memoryview) -> None:
+        """Note what was just written."""
+
+    @property
+    def visit(self) -> Any:
+        """The entry of the application that will not end here if the connection moves; None if there is none."""
+        return None
+
+
+class Hosted(Served):
+    """One connection of a server's protocol objects. It is at a boundary where its protocol can freeze."""
+
+    __slots__ = (
+        "_host",
+        "_is_busy",
+        "_is_lost",
+        "_is_muted",
+        "_is_paused",
+        "_poke",
+        "brought",
+        "face",
+        "is_full",
+        "protocol",
+    )
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        transport: Transport,
+        *,
+        cookie: int,
+        listener: str,
+        limits: Limits,
+        host: Host,
+    ) -> None:
+        super().__init__(loop, transport, cookie=cookie, listener=listener, limits=limits)
+        self._host = host
+        self.face = Face(self)
+        self.protocol: Any = None  # an Adapter, and an asyncio.Protocol
+        self.state = self  # its bytes are taken when they are needed
+        self.brought = b""  # what it was restored from
+        self._is_paused = False  # the protocol wants no input
+        self.is_full = False  # the protocol was asked to write no more
+        self._is_busy = False  # being fed
+        self._is_muted = False
+        self._is_lost = False
+        self._poke: asyncio.Handle | None = None
+
+    # ---- boundaries
+
+    @property
+    def is_at_boundary(self) -> bool:
+        if self.is_left:
+            return True
+        if (
+            self.protocol is None
+            or self._is_busy
+            or self._transport.is_ended
+            or self._transport.phase is not Phase.OPEN
+        ):
+            return False
+        return self.protocol.can_freeze() is None
+
+    @property
+    def reason(self) -> str:
+        if self.protocol is None:
+            return "it was not entered yet"
+        return self.protocol.can_freeze() or "it is just being served"
+
+    @property
+    def obstacle(self) -> str | None:
+        if self.is_left or self.protocol is None:
+            return None
+        found: str | None = self.protocol.obstacle
+        return found
+
+    def settle(self) -> None:
+        """Something has happened: see whether this is a boundary now, and do what waits for one."""
+        if self._course not in (Course.RUNNING, Course.ASKED) or self.is_left or self.protocol is None:
+            return
+        if self._transport.is_eof and self._may_end:
+            self.close()  # as asyncio does where eof_received() returns nothing
+        if not self.is_at_boundary:
+            return
+        self._arrive()
+        if self._course is Course.ASKED:
+            self._halt_and_say()
+            return
+        if self.slot is not None and self.slot.is_behind(self._transport):
+            self._save()
+        self._host.cede(self)
+
+    def settle_soon(self) -> None:
+        """Settle once the running callbacks are through: what an application does after its ``send`` belongs to it."""
+        if self._poke is None and self._course in (Course.RUNNING, Course.ASKED):
+            self._poke = self._loop.call_soon(self._settle_now)
+
+    def _settle_now(self) -> None:
+        self._poke = None
+        self._feed()
+        self.settle()
+
+    def ask_to_halt(self, on_halt: Callable[[], None]) -> bool:
+        is_halted = super().ask_to_halt(on_halt)
+        if not is_halted and self.protocol is not None:
+            self.protocol.asked()
+        return is_halted
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether it is to halt at its next boundary."""
+        return self._course is Course.ASKED
+
+    def arrive(self) -> None:
+        """Its application was entered again."""
+        self._arrive()
+
+    def _halt_now(self) -> None:
+        super()._halt_now()
+        if self.protocol is not None:
+            self.protocol.halted()
+
+    def go_on(self) -> None:
+        was_halted = self._course in (Course.HALTED, Course.FROZEN)
+        super().go_on()
+        if was_halted and self.protocol is not None:
+            self.protocol.going_on()
+        self.settle_soon()
+
+    # ---- input
+
+    def _changed(self) -> None:
+        if self._transport.error is not None or self._transport.phase is not Phase.OPEN:
+            if self._transport.error is not None:
+                self._lose(self._transport.error)
+            return
+        if self.is_full and len(self._transport.output) <= LOW_WATER_BYTES:
+            self.is_full = False
+            self.protocol.resume_writing()
+        self._feed()
+        self.settle()
+
+    @property
+    def _may_end(self) -> bool:
+        """The client will send no more; what it sent whole is served first, the rest is of no use."""
+        return not self._is_paused and not (self._transport.input and self.protocol.can_freeze())
+
+    def _feed(self) -> None:
+        """Give the protocol what it takes, one piece after the other; asked to halt, at most up to a boundary."""
+        if self.protocol is None or self._is_busy:
+            return
+        self._is_busy = True
+        try:
+            while self._takes_input and self.protocol.feed(self._transport.input):
+                if self._course is Course.ASKED and self.protocol.can_freeze() is None:
+                    break
+        except Exception:
+            log.exception("connection=%d its protocol failed", self.cookie)
+            self.abort()
+        finally:
+            self._is_busy = False
+        self._transport.consumed()
+
+    @property
+    def _takes_input(self) -> bool:
+        is_running = self._course is Course.RUNNING or self._course is Course.ASKED
+        return (
+            is_running and not self._is_paused and bool(self._transport.input) and self._transport.phase is Phase.OPEN
+        )
+
+    # ---- what the protocol asks of its transport
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        if self._is_muted or self.is_left:
+            return
+        self._transport.write(data)
+        self.protocol.wrote(data)
+        if not self.is_full and len(self._transport.output) > HIGH_WATER_BYTES:
+            self.is_full = True
+            self.protocol.pause_writing()
+
+    def mute(self, *, is_muted: bool) -> None:
+        """Discard what is written: the client has it."""
+        self._is_muted = is_muted
+
+    def pause_reading(self) -> None:
+        self._is_paused = True
+
+    def resume_reading(self) -> None:
+        if self._is_paused:
+            self._is_paused = False
+            self.settle_soon()
+
+    def switch(self, protocol: Any) -> None:
+        """Another protocol serves it from here on."""
+        if not isinstance(protocol, Adapter):
+            protocol = Staying(protocol, f"a {type(protocol).__name__} cannot move")
+        self.protocol = protocol
+        self.became(protocol.kind)
+
+    def became(self, kind: Kind) -> None:
+        if kind is not self.kind:
+            self.kind = kind
+            self._host.became(self)
+
+    @property
+    def is_closing(self) -> bool:
+        return self.is_left or self._transport.phase is not Phase.OPEN or self._transport.error is not None
+
+    def close(self) -> None:
+        """Send what is unsent, then FIN; the protocol hears of it once its bytes are on their way."""
+        if not self.is_left and self._course is not Course.FROZEN:
+            self.leave()
+            self._loop.call_soon(self._lose, None)
+
+    def abort(self) -> None:
+        if self._course is not Course.FROZEN:
+            self._transport.abort()
+            self._loop.call_soon(self._lose, None)
+
+    def _lose(self, problem: Exception | None) -> None:
+        if self._is_lost or self.protocol is None:
+            return
+        self._is_lost = True
+        self.protocol.connection_lost(problem)
+        if not self.is_left:
+            self.leave()
+
+    # ---- for the runtime
+
+    def restore(self, record: Record, state: Any) -> None:
+        super().restore(record, self)
+        self.brought = state
+
+    def stop(self) -> None:
+        self._is_stopping = True
+        if self.protocol is not None and not self.is_left and self._course in (Course.RUNNING, Course.ASKED):
+            self.protocol.shutdown()
+
+    def deliver(self, act: int, data: bytes | bytearray | memoryview) -> None:
+        if act == Act.SEND:
+            self.write(data)
+        elif act == Act.CLOSE:
+            self.stop()
+        else:
+            self.abort()
+
+    def begin(self, protocol: Any) -> None:
+        """Be served by *protocol* from here on, from the restored state if there is one."""
+        if self._carried & RecordFlag.INTERRUPTED:
+            # What the client sent or was sent is lost, and neither HTTP nor WebSocket can agree anew.
+            self.abort()
+            return
+        self.protocol = protocol
+        try:
+            protocol.connection_made(self.face)
+            self.became(protocol.kind)
+            if self.resumed:
+                protocol.thaw(self.brought)
+        except Exception:
+            log.exception("connection=%d its protocol could not begin", self.cookie)
+            self.abort()
+        self.settle_soon()
+
+    def encode(self) -> bytes:
+        """Return what its successor needs: exactly where it is halted, else as it was at its last boundary."""
+        if self.is_left:
+            return b""
+        if self.protocol is None:
+            return self.brought
+        is_halted = self._course in (Course.HALTED, Course.FROZEN)
+        encoded: bytes = self.protocol.freeze() if is_halted else self.protocol.snapshot()
+        return encoded
+
+
+class Staying(Adapter, asyncio.Protocol):
+    """A protocol object that nobody taught to freeze, and that ends where it began."""
+
+    kind = Kind.HTTP
+
+    def __init__(self, protocol: Any, reason: str) -> None:
+        self._protocol = protocol
+        self._reason = reason
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._protocol.connection_made(transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._protocol.connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        self._protocol.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._protocol.resume_writing()
+
+    def feed(self, buffer: bytearray) -> bool:
+        piece = bytes(buffer)
+        buffer.clear()
+        self._protocol.data_received(piece)
+        return True
+
+    def can_freeze(self) -> str | None:
+        return self._reason
+
+    @property
+    def obstacle(self) -> str | None:
+        return self._reason
+
+    def freeze(self) -> bytes:
+        raise CannotFreeze(self._reason)
+
+    def thaw(self, _state: bytes) -> None:
+        raise CannotFreeze(self._reason)
+
+    def shutdown(self) -> None:
+        self._protocol.shutdown()
+
+
+class Face(asyncio.Transport):
+    """What a protocol sees of its connection: an asyncio transport."""
+
+    __slots__ = ("_hosted",)
+
+    def __init__(self, hosted: Hosted) -> None:
+        super().__init__()
+        self._hosted = hosted
+
+    @property
+    def hosted(self) -> Hosted:
+        return self._hosted
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        sock = self._hosted.transport.socket
+        known: dict[str, Callable[[], Any]] = {
+            "socket": lambda: sock,
+            "peername": sock.getpeername,
+            "sockname": sock.getsockname,
+        }
+        try:
+            return known[name]() if name in known else default
+        except OSError:  # the client has gone already
+            return default
+
+    def is_closing(self) -> bool:
+        return self._hosted.is_closing
+
+    def close(self) -> None:
+        self._hosted.close()
+
+    def abort(self) -> None:
+        self._hosted.abort()
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        self._hosted.switch(protocol)
+
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        found: asyncio.BaseProtocol = self._hosted.protocol
+        return found
+
+    def is_reading(self) -> bool:
+        return not self._hosted.is_closing
+
+    def pause_reading(self) -> None:
+        self._hosted.pause_reading()
+
+    def resume_reading(self) -> None:
+        self._hosted.resume_reading()
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self._hosted.write(data)
+
+    def get_write_buffer_size(self) -> int:
+        return len(self._hosted.transport.output)
+
+    def can_write_eof(self) -> bool:
+        return False
