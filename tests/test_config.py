@@ -242,7 +242,9 @@ def test_a_handler_has_no_options_of_uvicorn(tmp_path: Path) -> None:
     assert str(problem) == "uvicorn.factory: is an option of uvicorn's, which serves no handler"
     file = written(tmp_path, 'app = "a:b"\ninterface = "handler"\n[uvicorn]\nhttp = "h11"\n')
     assert (problem_of(file, {}).line, problem_of(file, {}).key) == (4, "uvicorn.http")
-    assert problem_of(None, {**handler, "resume": ["stream"]}).key == "resume"
+    file = written(tmp_path, 'app = "a:b"\ninterface = "handler"\n')
+    problem = problem_of(file, {"resume": ["stream"]})
+    assert str(problem) == 'resume: is about ASGI applications, and interface is "handler"'
 
 
 def test_the_table_is_uvicorns() -> None:

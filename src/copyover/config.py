@@ -203,7 +203,7 @@ def load(file: str | None, flags: Mapping[str, Any]) -> Config:
     if not names or len(set(names)) != len(names):
         what = f"has one name twice among {', '.join(names)}" if names else "names no address"
         raise source.refuse(what, "listen")
-    _check_together(config, options, source)
+    _check_together(config, options, _FLAGS if "resume" in told else source)
     return config
 
 
@@ -216,13 +216,13 @@ def _parse(source: _Source) -> dict[str, Any]:
         raise ConfigError(f"no TOML: {problem}", file=source.file, line=line) from problem
 
 
-def _check_together(config: Config, options: Mapping[str, _Source], source: _Source) -> None:
-    """Refuse what contradicts each other; *options* says where each of uvicorn's came from."""
+def _check_together(config: Config, options: Mapping[str, _Source], resume: _Source) -> None:
+    """Refuse what contradicts each other; *options* says where each of uvicorn's came from, *resume* where that did."""
     if config.interface == "handler":
         for option, where in options.items():
             raise where.refuse("is an option of uvicorn's, which serves no handler", "uvicorn", option)
         if config.resume:
-            raise source.refuse('is about ASGI applications, and interface is "handler"', "resume")
+            raise resume.refuse('is about ASGI applications, and interface is "handler"', "resume")
     for option, where in options.items():
         chosen = config.uvicorn[option]
         if config.handoff == "live" and uvicorn_options.is_rigid(option, chosen):
