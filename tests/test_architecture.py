@@ -35,6 +35,7 @@ PURE = {
     "undoing",
     "reload",
     "slots",
+    "uvicorn_options",
     "holder.verdict",
     "succession",
     "worker.agent",
@@ -72,7 +73,8 @@ ROOMS: dict[str, set[str]] = {
     "users": {"errors"},
     "process": {"errors", "users"},
     "listeners": {"errors", "sockets"},
-    "config": {"errors", "listeners", "slots"},
+    "uvicorn_options": set(),
+    "config": {"errors", "listeners", "slots", "uvicorn_options"},
     "directory": {"errors"},
     "release": {"config", "errors"},
     "holder": set(),
@@ -172,7 +174,8 @@ ROOMS: dict[str, set[str]] = {
     },
     # ---- the operator's side, and the user's tests
     "console": {"directory", "errors", "sockets"},
-    "cli": {"audit", "comparison", "config", "console", "directory", "errors", "witness"},
+    "flags": {"errors", "uvicorn_options"},
+    "cli": {"audit", "comparison", "config", "console", "directory", "errors", "flags", "witness"},
     "witness": {"audit", "comparison"},
     "audit": {"comparison", "console", "errors", "sockdiag", "sockets"},
     "comparison": set(),
@@ -243,7 +246,7 @@ def test_holder_and_worker_are_two_programs() -> None:
 def test_who_loads_what(library: str) -> None:
     """The worker lives in the user's environment, the holder for years: both load little."""
     allowed = {
-        "click": {"cli"},
+        "click": {"cli", "flags"},
         "rich": {"console"},
         "cattrs": {"config", "succession"},
         "pyroute2": {"sockdiag"},

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pty
+import re
 import select
 import shutil
 import signal
@@ -13,14 +15,16 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from click.testing import CliRunner
 
 from clients import Client
+from copyover import cli
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from copyover.testing import Servers
 
@@ -65,6 +69,18 @@ BAD_INPUT = {
     "bad workers": (["--workers", "0", "echo:echo"], 2, "workers"),
     "no group": (["--listen", "unix:///tmp/co-none.sock?group=nosuchgroup", "echo:echo"], 14, "there is no group"),
     "no directory for the socket": (["--listen", "unix:///nonexistent/x.sock", "echo:echo"], 14, "cannot be bound"),
+    "uvicorn's way of an address, too": (["--listen", "h:1", "--port", "0", "echo:echo"], 2, "choose one of --listen"),
+    "two of uvicorn's ways": (["--uds", "x", "--host", "h", "echo:echo"], 2, "choose one of --listen"),
+    "a path that is no address": (["--uds", "a?b", "echo:echo"], 2, "a path with ? or # cannot be an address"),
+    "a choice that uvicorn lacks": (["--http", "h3", "echo:echo"], 2, "uvicorn.http: should be one of auto, h11"),
+    "a server that cannot let go": (["--ws", "wsproto", "echo:echo"], 2, "connections that wsproto serves cannot move"),
+    "half a header": (["--header", "x", "echo:echo"], 2, "uvicorn.headers: should be an array of headers"),
+    "uvicorn for a handler": (
+        *(["--interface", "handler", "--no-access-log", "echo:echo"], 2),
+        "uvicorn.access_log: is an option of uvicorn's, which serves no handler",
+    ),
+    "resuming a handler": (["--interface", "handler", "--resume", "stream", "echo:echo"], 2, "resume: is about ASGI"),
+    "a rate below nothing": (["--reenter-rate", "-1", "echo:echo"], 2, "must be >= 0"),
 }
 
 
@@ -72,7 +88,7 @@ BAD_INPUT = {
 def test_bad_input_gets_one_sentence_and_its_own_status(case: str, runtime: dict[str, str]) -> None:
     """No traceback, a distinct exit status, and what to do."""
     arguments, status, sentence = BAD_INPUT[case]
-    listen = [] if "--listen" in arguments else ["--listen", "127.0.0.1:0"]
+    listen = [] if {"--listen", "--uds"} & set(arguments) else ["--listen", "127.0.0.1:0"]
     done = run("run", *listen, *arguments, env=runtime)
     assert done.returncode == status, done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith("copyover: ")]
@@ -80,6 +96,130 @@ def test_bad_input_gets_one_sentence_and_its_own_status(case: str, runtime: dict
     assert sentence in said[0]
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+ELSEWHERE = {
+    "--reload": "copyover reload",
+    "--reload-dir=src": "copyover reload",
+    "--reload-include=*.py": "copyover reload",
+    "--reload-exclude=*.py": "copyover reload",
+    "--reload-delay=1": "copyover reload",
+    "--fd=3": "LISTEN_FDS",
+    "--ssl-keyfile=key.pem": "TLS ends in haproxy or nginx in front",
+    "--ssl-certfile=cert.pem": "TLS ends in haproxy or nginx in front",
+    "--ssl-version=17": "TLS ends in haproxy or nginx in front",
+    "--http2": "let haproxy or nginx in front speak it",
+    "--backlog=9": "net.core.somaxconn",
+    "--limit-max-requests=9": "copyover reload from a timer",
+    "--limit-max-requests-jitter=9": "copyover reload from a timer",
+    "--timeout-graceful-shutdown=9": "drain_timeout_s",
+    "--timeout-worker-healthcheck=9": "health watch a new release",
+}
+
+
+@pytest.mark.parametrize("flag", ELSEWHERE)
+def test_what_uvicorn_does_and_we_do_otherwise_is_refused_with_a_pointer(flag: str) -> None:
+    """Whoever comes from uvicorn reads what to do instead, wherever the flag stands; the help does not offer it."""
+    name = flag.partition("=")[0]
+    for arguments in ([flag, "echo:echo"], ["echo:echo", *flag.split("=")]):
+        done = CliRunner().invoke(cli.main, ["run", *arguments])
+        assert done.exit_code == 2
+        assert done.stderr.startswith(f"copyover: {name} of uvicorn's has no place here; ")
+        assert ELSEWHERE[flag] in done.stderr
+        assert done.stderr.count("\n") == 1
+    offered = CliRunner().invoke(cli.main, ["run", "--help"]).stdout
+    assert re.search(rf"{name}(?![a-z-])", offered) is None
+
+
+def test_every_flag_of_uvicorns_is_taken_or_has_its_pointer() -> None:
+    """None is refused as one that nobody knows."""
+    command = importlib.import_module("uvicorn.main").main  # uvicorn.main is a function, too
+    theirs = {flag for option in command.params for flag in [*option.opts, *option.secondary_opts]}
+    ours = {flag for option in cli.run.params for flag in [*option.opts, *option.secondary_opts]}
+    assert theirs - ours == {"--version"}
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Return what ``copyover run`` tells the holder that it becomes, of these arguments."""
+    monkeypatch.chdir(tmp_path)
+
+    def tell(*arguments: str) -> dict[str, Any]:
+        found: list[list[str]] = []
+        monkeypatch.setattr(os, "execv", lambda _, command: found.append(command))
+        done = CliRunner().invoke(cli.main, ["run", *arguments], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        answer: dict[str, Any] = json.loads(found[0][-1])["flags"]
+        return answer
+
+    return tell
+
+
+UVICORN = [
+    *("--factory", "--http", "h11", "--ws", "none", "--ws-max-size", "9", "--ws-ping-interval", "1.5"),
+    *("--ws-per-message-deflate", "false", "--lifespan", "on", "--log-level", "debug", "--no-access-log"),
+    *("--use-colors", "--root-path", "/x", "--timeout-keep-alive", "0", "--header", "X-A:b:c", "--header", "d:"),
+    *("--env-file", ".env", "--reset-contextvars", "--no-server-header", "--date-header"),
+]
+UVICORN_TOLD = {
+    "factory": True,
+    "http": "h11",
+    "ws": "none",
+    "ws_max_size": 9,
+    "ws_ping_interval": 1.5,
+    "ws_per_message_deflate": False,
+    "lifespan": "on",
+    "log_level": "debug",
+    "access_log": False,
+    "use_colors": True,
+    "root_path": "/x",
+    "timeout_keep_alive": 0,
+    "headers": [["X-A", "b:c"], ["d", ""]],
+    "env_file": ".env",
+    "reset_contextvars": True,
+    "server_header": False,
+    "date_header": True,
+}
+
+
+def test_uvicorns_flags_are_told_under_its_names(told: Callable[..., dict[str, Any]]) -> None:
+    """Those that were given and no others, in uvicorn's types."""
+    assert "uvicorn" not in told("app:app")
+    ours = ["--interface", "asgi", "--resume", "stream", "--resume", "websocket", "--reenter-rate", "50"]
+    given = told("app:app", *ours, *UVICORN)
+    assert given["uvicorn"] == UVICORN_TOLD
+    assert given["interface"] == "asgi"
+    assert given["resume"] == ["stream", "websocket"]
+    assert given["reenter_rate"] == 50.0
+    assert told("app:app", "--handoff", "listeners")["handoff"] == "listeners"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "listen"),
+    [
+        ("--port 0", "tcp://127.0.0.1:0"),
+        ("--host 0.0.0.0", "tcp://0.0.0.0:8000"),
+        ("--host ::1 --port 9", "tcp://[::1]:9"),
+        ("--uds /run/x.sock", "unix:///run/x.sock?mode=0666"),
+        ("--uds x.sock", "unix://HERE/x.sock?mode=0666"),
+        ("--listen web=127.0.0.1:1", "web=127.0.0.1:1"),
+    ],
+)
+def test_host_port_and_uds_make_the_listener(
+    told: Callable[..., dict[str, Any]], tmp_path: Path, arguments: str, listen: str
+) -> None:
+    """With uvicorn's defaults, and its mode of a socket file."""
+    assert told(*arguments.split(), "app:app")["listen"] == [listen.replace("HERE", str(tmp_path))]
+
+
+def test_the_help_shows_ours_first_and_uvicorns_apart() -> None:
+    """Two lists, each to be read as one."""
+    shown = CliRunner().invoke(cli.main, ["run", "--help"]).stdout
+    ours, theirs = shown.split("\nOptions for ASGI applications, as uvicorn has them:\n")
+    assert "--listen" in ours
+    assert "--root-path" not in ours
+    assert "--root-path" in theirs
+    assert "--config" not in theirs
 
 
 def test_a_config_error_names_file_line_and_key(runtime: dict[str, str], tmp_path: Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import pytest
 
-from copyover import config
+from copyover import config, uvicorn_options
 from copyover.errors import BadAddress, ConfigError
 
 if TYPE_CHECKING:
@@ -36,8 +37,9 @@ def test_defaults_need_the_application_only() -> None:
 
 
 def test_slots_are_on_and_can_be_switched_off() -> None:
-    """1024 bytes a connection; 0 is none."""
-    assert config.load(None, APP).slot_bytes == 1024
+    """The worker decides how large, by what it serves; 0 is none."""
+    assert config.load(None, APP).slot_bytes is None
+    assert config.load(None, {**APP, "slot_bytes": 2048}).slot_bytes == 2048
     assert config.load(None, APP).on_crash == "reset"
     assert config.load(None, {**APP, "slot_bytes": 0}).slot_bytes == 0
 
@@ -91,6 +93,15 @@ def test_a_missing_application_is_named(tmp_path: Path) -> None:
         ("slot_bytes = -1", "slot_bytes", "must be 0, or from 256"),
         ('on_crash = "hope"', "on_crash", "must be in"),
         ('listen = ["a=h:1", "a=h:2"]', "listen", "has one name twice among a, a"),
+        ('interface = "rsgi"', "interface", "must be in"),
+        ('resume = "stream"', "resume", 'should be an array of strings: ["websocket"]'),
+        ('resume = ["http"]', "resume", "must be in"),
+        ("reenter_rate = -1", "reenter_rate", "must be >= 0"),
+        ("reenter_rate = inf", "reenter_rate", "must be <= "),
+        ('handoff = "dead"', "handoff", "must be in"),
+        ("shared_bytes = 0", "shared_bytes", "must be >= 1"),
+        ('uvicorn = "h11"', "uvicorn", "should be a table: [uvicorn]"),
+        ('http = "h11"', "http", "it is an option of uvicorn's: write it in the table [uvicorn]"),
     ],
 )
 def test_a_wrong_key_names_file_line_and_key(tmp_path: Path, line: str, key: str, says: str) -> None:
@@ -160,6 +171,89 @@ def test_a_worker_is_told_what_concerns_it() -> None:
     assert options["line_bytes"] == 99
     assert set(options) <= set(config.FIELDS)
     assert "drain_timeout_s" not in options
+
+
+# ---- uvicorn's options
+
+IN_ONE_LINE = "\n\nuvicorn = { factory = true, %s }"
+IN_TABLE = {
+    'http = "h12"': "http: should be one of auto, h11, httptools, zttp, not 'h12'",
+    "http = 1": "http: should be of type str, not int",
+    "acess_log = true": "acess_log: is no option of uvicorn's that a worker takes; did you mean access_log?",
+    "zzz = true": "zzz: is no option of uvicorn's that a worker takes; known are factory",
+    'access_log = "no"': "access_log: should be of type bool, not str",
+    "timeout_keep_alive = -1": "timeout_keep_alive: should be at least 0, not -1",
+    "timeout_keep_alive = true": "timeout_keep_alive: should be of type int, not bool",
+    "ws_ping_interval = nan": "ws_ping_interval: should be at least 0, not nan",
+    f"ws_ping_interval = {'9' * 400}": "ws_ping_interval: int too large",
+    'headers = ["a: b"]': "headers: should be an array of headers",
+    'headers = [["a b", "c"]]': "headers: should be an array of headers",
+    'headers = [["a", "b\\r\\nc: d"]]': "headers: should be an array of headers",
+    'headers = [["a", "\\u20ac"]]': "headers: should be an array of headers",
+    'root_path = "\\u0000"': "root_path: holds a NUL character",
+    'ws = "wsproto"': "ws: connections that wsproto serves cannot move: choose auto, none, websockets-sansio, or",
+    'ws = "websockets"': "ws: connections that websockets serves cannot move",
+    'http = "zttp"': "http: connections that zttp serves cannot move: choose auto, h11, httptools, or",
+    "reload = true": "reload: cannot be set here; code is replaced when you say so",
+    'reload_dirs = ["."]': "reload_dirs: cannot be set here; code is replaced when you say so",
+    "port = 80": "port: cannot be set here; the holder makes the listeners: write listen = [ADDRESS]",
+    'loop = "asyncio"': "loop: cannot be set here; it is no option of uvicorn's here: write it above the table",
+    'ssl_keyfile = "x"': "ssl_keyfile: cannot be set here; TLS ends in haproxy or nginx in front",
+}
+
+
+@pytest.mark.parametrize("line", IN_TABLE)
+@pytest.mark.parametrize("how", ["[uvicorn]\nfactory = true\n%s", "uvicorn.factory = true\n\nuvicorn.%s", IN_ONE_LINE])
+def test_a_wrong_option_of_uvicorn_names_its_line(tmp_path: Path, line: str, how: str) -> None:
+    """In a table, dotted, or inline: the line of the option, not of the table."""
+    file = written(tmp_path, f'app = "a:b"\n{how % line}\n')
+    problem = problem_of(file, {})
+    assert (problem.file, problem.line) == (file, 4)
+    assert str(problem).startswith(f"{file}:4: uvicorn.{IN_TABLE[line]}")
+
+
+def test_uvicorns_options_go_to_the_worker(tmp_path: Path) -> None:
+    """Those that were given, flags over the file, option by option; the worker's uvicorn knows the rest."""
+    assert config.load(None, APP).worker_options["uvicorn"] == {}
+    file = written(tmp_path, 'app = "a:b"\n[uvicorn]\nhttp = "h11"\nws_ping_interval = 5\naccess_log = true\n')
+    made = config.load(file, {"uvicorn": {"access_log": False, "headers": [["x-a", "b"]]}, "resume": ["stream"]})
+    options = made.worker_options
+    expected = {"http": "h11", "ws_ping_interval": 5.0, "access_log": False, "headers": [["x-a", "b"]]}
+    assert options["uvicorn"] == expected
+    assert type(options["uvicorn"]["ws_ping_interval"]) is float
+    assert options["resume"] == ("stream",)
+    assert (options["interface"], options["reenter_rate"], options["handoff"]) == ("auto", 0.0, "live")
+    assert (options["slot_bytes"], options["shared_bytes"]) == (None, 64 << 20)
+
+
+def test_a_flag_that_corrects_the_file_is_no_contradiction(tmp_path: Path) -> None:
+    """What counts in the end is looked at, and named where it came from."""
+    file = written(tmp_path, 'app = "a:b"\n[uvicorn]\nws = "wsproto"\n')
+    assert config.load(file, {"uvicorn": {"ws": "none"}}).uvicorn == {"ws": "none"}
+    assert config.load(file, {"handoff": "listeners"}).uvicorn == {"ws": "wsproto"}
+    assert str(problem_of(None, {**APP, "uvicorn": {"ws": "wsproto"}})).startswith("uvicorn.ws: connections that")
+
+
+def test_a_handler_has_no_options_of_uvicorn(tmp_path: Path) -> None:
+    """They would do nothing: who wrote them expects something else."""
+    handler = {**APP, "interface": "handler"}
+    assert config.load(None, handler).interface == "handler"
+    problem = problem_of(None, {**handler, "uvicorn": {"factory": True}})
+    assert str(problem) == "uvicorn.factory: is an option of uvicorn's, which serves no handler"
+    file = written(tmp_path, 'app = "a:b"\ninterface = "handler"\n[uvicorn]\nhttp = "h11"\n')
+    assert (problem_of(file, {}).line, problem_of(file, {}).key) == (4, "uvicorn.http")
+    file = written(tmp_path, 'app = "a:b"\ninterface = "handler"\n')
+    problem = problem_of(file, {"resume": ["stream"]})
+    assert str(problem) == 'resume: is about ASGI applications, and interface is "handler"'
+
+
+def test_the_table_is_uvicorns() -> None:
+    """Each option is a keyword of uvicorn.Config, and each of its keywords is an option, or has its pointer."""
+    uvicorn = pytest.importorskip("uvicorn")
+    theirs = set(inspect.signature(uvicorn.Config).parameters) - {"timeout_notify", "callback_notify"}
+    ours = uvicorn_options.OPTIONS.keys()
+    assert ours <= theirs
+    assert {name for name in theirs if uvicorn_options.where_else(name) is None} == ours
 
 
 def test_every_key_is_documented() -> None:

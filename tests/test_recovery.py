@@ -16,7 +16,8 @@ import pytest
 from clients import DEADLINE_S, Client
 from copyover import slots
 from copyover.holder.recovery import Orphan, Recovered, SlotFile, recover
-from copyover.messages import RecordFlag
+from copyover.messages import Record, RecordFlag
+from copyover.worker.slot import Slots, reshape
 from killed import Held, Worker
 
 if TYPE_CHECKING:
@@ -415,24 +416,73 @@ def test_the_lock_names_the_living_worker(stage: Stage) -> None:
         os.close(descriptor)
 
 
-@pytest.mark.parametrize(("epochs", "counts"), [((1, 2, 0), 2), ((2, 2), None), ((1, 1, 3), 3), ((3, 1, 1), 3)])
+def write_slot(file: SlotFile, slot_bytes: int, place: int, cookie: int, epoch: int) -> None:
+    area = bytearray(slots.HEADER_BYTES + slot_bytes)
+    view = memoryview(area)
+    pen = slots.Pen(view, view.cast("Q"), 0, slot_bytes)
+    pen.publish(0, 0, epoch, 0, 1, b"", b"", b"%d" % epoch)
+    pen.name(cookie)
+    os.pwrite(file.fileno(), area[slots.HEADER_BYTES :], slots.HEADER_BYTES + place * slot_bytes)
+
+
+CASES = [((1, 2, 0), 2), ((2, 2), None), ((1, 1, 3), 3), ((3, 1, 1), 3)]
+# Of large slots two are read for a connection: whoever has three lies.
+LARGE_CASES = [((1, 2, 0), 2), ((2, 2), None), ((1, 1, 3), None), ((3, 1, 4), 3)]
+
+
+@pytest.mark.parametrize(
+    ("slot_bytes", "epochs", "counts"), [*((1024, *case) for case in CASES), *((16384, *case) for case in LARGE_CASES)]
+)
 def test_of_two_slots_of_one_connection_the_higher_epoch_counts(
-    tmp_path: Path, epochs: tuple[int, ...], counts: int | None
+    tmp_path: Path, slot_bytes: int, epochs: tuple[int, ...], counts: int | None
 ) -> None:
     """Of equal ones none: nobody can say which of them is a lie. Holes between them are passed over."""
-    header = slots.shape(1024, 20_000, worker=1, generation=1)
-    file = SlotFile.make(tmp_path, "x", header)
-    area = bytearray(header.file_bytes)
-    view = memoryview(area)
+    file = SlotFile.make(tmp_path, "x", slots.shape(slot_bytes, 20_000, worker=1, generation=1))
     ours, theirs = socket.socketpair()
     with ours, theirs:
         for place, epoch in enumerate(epochs):
-            pen = slots.Pen(view, view.cast("Q"), 9000 * place, 1024)
-            pen.publish(0, 0, epoch, 0, 1, b"", b"", b"%d" % epoch)
-            pen.name(5)
-            start = slots.HEADER_BYTES + 9000 * place * 1024
-            os.pwrite(file.fileno(), area[start : start + 1024], start)
+            write_slot(file, slot_bytes, 9000 * place, 5, epoch)
+            write_slot(file, slot_bytes, 9000 * place + 1, 6, epoch)  # nobody's that was asked for
         found = recover(file.fileno(), [Orphan(5, counts or 2, ours.fileno(), "reset")])
     file.remove()
     assert [record.state for record in found.records.values()] == ([] if counts is None else [b"%d" % counts])
     assert len(found.reset) == (counts is None)
+
+
+def test_a_file_that_its_worker_has_reshaped_is_read(tmp_path: Path) -> None:
+    """The holder takes its shape from the file, not from what it made."""
+    file = SlotFile.make(tmp_path, "x", slots.shape(1024, 100, worker=1, generation=1))
+    reshape(file.fileno(), 16384)
+    book = Slots(file.fileno(), bytes, is_json=False, schema=1)
+    pairs = [socket.socketpair() for _ in range(100)]
+    for cookie in range(1, 101):
+        assert book.take(cookie, 0, Record(state=b"s" * 80 * cookie)) is not None
+    orphans = [Orphan(cookie, 0, pairs[cookie - 1][0].fileno(), "reset") for cookie in range(1, 101)]
+    found = recover(file.fileno(), orphans)
+    for end in (end for pair in pairs for end in pair):
+        end.close()
+    file.remove()
+    assert {cookie: len(record.state) for cookie, record in found.records.items()} == {n: 80 * n for n in range(1, 101)}
+
+
+def test_a_worker_that_lies_does_not_keep_the_holder_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand large slots say that they are of the same two connections: four of them are read."""
+    file = SlotFile.make(tmp_path, "x", slots.shape(1024, 1000, worker=1, generation=1))
+    reshape(file.fileno(), 65536)
+    for place in range(1000):
+        write_slot(file, 65536, place, 5 + place % 2, 1)
+    taken: list[int] = []
+    pread = os.pread
+
+    def count(descriptor: int, length: int, at: int) -> bytes:
+        taken.append(length)
+        return pread(descriptor, length, at)
+
+    monkeypatch.setattr(os, "pread", count)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        found = recover(file.fileno(), [Orphan(cookie, 1, ours.fileno(), "reset") for cookie in (5, 6)])
+    file.remove()
+    assert found.records == {}
+    assert taken.count(65536) == 4
+    assert sum(taken) < 5 * 65536

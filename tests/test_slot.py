@@ -5,26 +5,30 @@ from __future__ import annotations
 import logging
 import os
 import re
+import resource
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import textwrap
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from copyover import slots
 from copyover.errors import WireError
 from copyover.messages import Record, RecordFlag
 from copyover.worker.application import Application
-from copyover.worker.slot import Slots
+from copyover.worker.slot import Slots, reshape
 from copyover.worker.transport import Transport
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Iterator
+    from pathlib import Path
 
 
 async def handler(_: object) -> None:
@@ -37,8 +41,11 @@ APPLICATION: Application[Any] = Application(handler=handler)
 class File:
     """A real file, as a worker inherits it."""
 
-    def __init__(self, count: int = 3, slot_bytes: int = 256) -> None:
-        self.file = tempfile.TemporaryFile()  # noqa: SIM115  # the fixture closes it
+    def __init__(self, count: int = 3, slot_bytes: int = 256, *, memory: bool = False) -> None:
+        if memory:  # as on a tmpfs, where what was allocated counts, and a hole is one
+            self.file: IO[bytes] = os.fdopen(os.memfd_create("slots"), "w+b")
+        else:
+            self.file = tempfile.TemporaryFile()  # noqa: SIM115  # the fixture closes it
         self.header = slots.shape(slot_bytes, count, worker=1, generation=1)
         self.file.truncate(self.header.file_bytes)
         os.pwrite(self.file.fileno(), self.header.pack(), 0)
@@ -147,6 +154,186 @@ def test_a_full_file_system_costs_slots_and_no_process(
     assert book.take(2, 0, Record()) is None
     assert "no room for slots (No space left on device)" in caplog.text
     assert len(caplog.records) == 1
+
+
+# ---- large slots, and the memory that they take
+
+
+def used_bytes(file: File) -> int:
+    return os.fstat(file.file.fileno()).st_blocks * 512
+
+
+@pytest.fixture
+def large() -> Iterator[File]:
+    """A file on a tmpfs, reshaped by the worker that it was made for."""
+    made = File(count=50, slot_bytes=1024, memory=True)
+    reshape(made.file.fileno(), 16384)
+    made.header = slots.read_header(os.pread(made.file.fileno(), slots.HEADER_BYTES, 0))
+    yield made
+    made.file.close()
+
+
+def test_a_worker_gives_its_file_another_shape(large: File) -> None:
+    """As many slots, of the worker and the generation that the holder wrote; the file is as long as they say."""
+    assert large.header == slots.Header(16384, 50, worker=1, generation=1)
+    assert os.fstat(large.file.fileno()).st_size == large.header.file_bytes
+    book = large.open()
+    for cookie in range(1, 51):
+        assert book.take(cookie, 0, Record(state=b"%d" % cookie)) is not None
+    assert {cookie: content.state for cookie, content in large.read().items()} == {n: b"%d" % n for n in range(1, 51)}
+
+
+def test_a_file_without_slots_stays_one() -> None:
+    """Whoever switched them off has switched them off."""
+    made = File(slot_bytes=0)
+    with made.file:
+        reshape(made.file.fileno(), 16384)
+        assert made.open().take(1, 0, Record()) is None
+
+
+def test_a_file_that_cannot_be_so_large_is_as_before() -> None:
+    """The worker serves on with the slots that it was given."""
+    made = File()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with made.file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limit[1]))
+        try:
+            with pytest.raises(OSError, match="too large"):
+                reshape(made.file.fileno(), 1 << 20)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        assert made.open().take(1, 0, Record()) is not None
+        assert made.read().keys() == {1}
+
+
+def test_a_large_slot_takes_the_pages_that_it_writes(large: File, transport: Transport) -> None:
+    """Two where little is saved, four when it grows, and these still when its place is used again."""
+    book = large.open()
+    before = used_bytes(large)
+    held = [book.take(cookie, 0, Record()) for cookie in range(1, 41)]
+    for slot in held:
+        assert slot is not None
+        for turn in range(4):
+            slot.save(transport, {"seen": turn})
+    assert used_bytes(large) - before == 40 * 2 * slots.PAGE_BYTES
+    slot = held[20]
+    assert slot is not None
+    for length in (4000, 8000, 100, 8111):
+        slot.save(transport, {"a": "x" * length})
+        content = large.read()[21].state
+        assert (content or b"") == b'{"a":"%s"}' % (b"x" * length)
+    assert used_bytes(large) - before == 40 * 2 * slots.PAGE_BYTES + 2 * slots.PAGE_BYTES
+    slot.free()
+    again = book.take(99, 0, Record(unread=b"y" * 8000))
+    assert again is not None
+    assert large.read()[99].unread == b"y" * 8000
+    assert used_bytes(large) - before == 40 * 2 * slots.PAGE_BYTES + 2 * slots.PAGE_BYTES
+
+
+def test_what_a_whole_slot_has_no_room_for_makes_none_grow(large: File, transport: Transport) -> None:
+    """The state is saved, the output that does not fit beside it is left out, and no page is taken for it."""
+    slot = large.open().take(1, 0, Record())
+    assert slot is not None
+    before = used_bytes(large)
+    transport.output[:] = b"z" * 9000
+    slot.save(transport, {"seen": 1})
+    content = large.read()[1]
+    assert (content.state, content.unsent, content.unsent_bytes) == (b'{"seen":1}', None, 9000)
+    assert used_bytes(large) == before
+
+
+@given(
+    st.sampled_from([4112, 5000, 8192, 12304, 16384, 65536]),
+    st.lists(st.tuples(st.integers(0, 9000), st.integers(0, 9000), st.integers(0, 9000)), min_size=1, max_size=8),
+)
+def test_nothing_is_written_that_is_not_there(slot_bytes: int, lengths: list[tuple[int, int, int]]) -> None:
+    """Each page that is written was allocated before: with a full file system another would be SIGBUS."""
+    allocated: set[int] = set()
+
+    def note(_: int, start: int, length: int) -> None:
+        allocated.update(range(start // slots.PAGE_BYTES, -(-(start + length) // slots.PAGE_BYTES)))
+
+    made = File(count=3, slot_bytes=slot_bytes, memory=True)
+    with made.file, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", note)
+        book = made.open()
+        for turn, (state, unsent, unread) in enumerate(lengths):
+            slot = book.take(turn + 1, 0, Record(state=b"s" * state, unsent=b"o" * unsent, unread=b"i" * unread))
+            if slot is not None:
+                slot.save_record(Record(state=b"t" * unread, unsent=b"o" * state), 1)
+                slot.touch()
+            if slot is not None and turn % 2:
+                slot.free()
+        assert written_pages(made) <= allocated | {0}
+
+
+def written_pages(file: File) -> set[int]:
+    """Return those that are no hole. lseek(2)"""
+    found: set[int] = set()
+    at = 0
+    while True:
+        try:
+            start = os.lseek(file.file.fileno(), at, os.SEEK_DATA)
+        except OSError:  # ENXIO: none behind it
+            return found
+        at = os.lseek(file.file.fileno(), start, os.SEEK_HOLE)
+        found.update(range(start // slots.PAGE_BYTES, -(-at // slots.PAGE_BYTES)))
+
+
+FULL = textwrap.dedent(
+    """
+    import os, socket, sys
+    from copyover import slots
+    from copyover.messages import Record
+    from copyover.worker.application import Application
+    from copyover.worker.slot import Slots, reshape
+    from copyover.worker.transport import Transport
+
+    async def handler(connection): ...
+
+    slot_bytes = int(sys.argv[2])
+    with open(sys.argv[1] + "/slots", "x+b") as file:
+        header = slots.shape(1024, 1000, worker=1, generation=1)
+        file.truncate(header.file_bytes)
+        os.pwrite(file.fileno(), header.pack(), 0)
+        reshape(file.fileno(), slot_bytes)
+        application = Application(handler=handler)
+        book = Slots(file.fileno(), application.encode_state, is_json=True, schema=1)
+        taken = [book.take(cookie, 0, Record()) for cookie in range(1, 1001)]
+        held = [slot for slot in taken if slot is not None]
+        transport = Transport(None, socket.socket())
+        for turn in range(3):
+            for slot in held:
+                slot.save(transport, {"turn": turn, "text": "x" * (slot.room_bytes + turn * 500)})
+        for slot in held:
+            slot.save(transport, {"turn": 3})
+        header = slots.read_header(os.pread(file.fileno(), slots.HEADER_BYTES, 0))
+        area = os.pread(file.fileno(), header.file_bytes, slots.HEADER_BYTES)
+        states = [content.state for _, content in slots.read_all(area, header.slot_bytes)]
+    print(len(held), book.unslotted, len(states), sum(state == b'{"turn":3}' for state in states))
+    """
+)
+
+
+@pytest.mark.parametrize("slot_bytes", [1024, 16384])
+def test_a_file_system_that_fills_up_kills_nobody(slot_bytes: int, tmp_path: Path) -> None:
+    """On a real tmpfs of 512 KiB: some have no slot, some states are not saved, and no store is SIGBUS."""
+    mount = 'mount -t tmpfs -o size=512k none "$0" && exec "$@"'
+    inside = [sys.executable, "-c", FULL, str(tmp_path), str(slot_bytes)]
+    may = subprocess.run(["unshare", "-rm", "sh", "-c", mount, str(tmp_path), "true"], capture_output=True, check=False)
+    if may.returncode != 0:
+        pytest.skip(f"no tmpfs can be mounted here: {may.stderr.decode().strip()}")
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", mount, str(tmp_path), *inside], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "has no room for slots (No space left on device)" in done.stderr
+    held, unslotted, readable, small_again = map(int, done.stdout.split())
+    assert held + unslotted == 1000
+    assert unslotted > 0
+    assert held == readable > 50
+    if slot_bytes == 16384:  # a smaller one leaves states that were too large for it alone for a while
+        assert small_again == held
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 5000, slots.shape(256, 99, worker=1, generation=1).pack()])

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,12 @@ def ten_lines() -> str:
     shown = re.search(r"^    def test_.*?(?=^\S)", copyover.testing.__doc__ or "", re.MULTILINE | re.DOTALL)
     assert shown is not None
     return textwrap.dedent(shown[0])
+
+
+@pytest.mark.parametrize("value", [1, 0.5, True, 'a"b\n', ["x", "y"], {"http": "h11", "headers": [["a", "b"]]}, {}])
+def test_settings_are_written_as_toml(value: object) -> None:
+    """A table in one line, too: uvicorn's options are one."""
+    assert tomllib.loads(f"key = {copyover.testing._as_toml(value)}") == {"key": value}
 
 
 def run_suite(pytester: pytest.Pytester, app: str, test: str) -> pytest.RunResult:

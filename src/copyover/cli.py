@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from copyover import config as configs
-from copyover import console
+from copyover import console, flags
 from copyover import directory as directories
 from copyover.errors import CopyoverError, UsageError
 from copyover.witness import FINDINGS_SHOWN, Witness
@@ -46,7 +46,7 @@ def main() -> None:
     """Hot upgrades for servers: live connections survive a reload."""
 
 
-@main.command()
+@main.command(cls=flags.RunCommand)
 @click.argument("app", required=False)
 @click.option("--name", help="Name of the holder; default $COPYOVER_NAME, else default.")
 @click.option(
@@ -55,6 +55,9 @@ def main() -> None:
     metavar="[NAME=]ADDRESS",
     help="HOST:PORT, tcp://… or unix:///path; repeatable; default 127.0.0.1:8000.",
 )
+@click.option("--host", help="Listen on this host; default 127.0.0.1.")
+@click.option("--port", type=click.IntRange(0, 65535), help="Listen on this port, 0: any; default 8000.")
+@click.option("--uds", metavar="PATH", help="Listen on this unix socket.")
 @click.option("--workers", type=int, help="Interpreters of a generation; default 1.")
 @click.option("--python", help="The release's interpreter; default CHDIR/.venv/bin/python, else this one.")
 @click.option("--chdir", help="The release's directory; a symlink is followed anew at each reload.")
@@ -63,14 +66,43 @@ def main() -> None:
 @click.option(
     "--loop", type=click.Choice(["auto", "asyncio", "uvloop"]), help="The event loop; auto takes uvloop if there."
 )
+@click.option(
+    "--interface", type=click.Choice(configs.INTERFACES), help="What APP is; auto finds out: a handler, or ASGI."
+)
+@click.option(
+    "--resume",
+    multiple=True,
+    type=click.Choice(configs.RESUMABLE),
+    help="Enter all connections of the kind again after a move, from the top; repeatable.",
+)
+@click.option("--reenter-rate", type=float, metavar="NUMBER", help="Enter so many in a second again; default all.")
+@click.option(
+    "--handoff",
+    type=click.Choice(["live", "listeners"]),
+    help="What moves of an ASGI application; default live: connections, too.",
+)
 @click.option("--user", help="The user that workers run as; the holder must be root.")
 @click.option("--group", help="The group that workers run as; default the user's own.")
 @click.option("--config", "file", type=click.Path(dir_okay=False), help="copyover.toml; flags win over it.")
-def run(file: str | None, listen: tuple[str, ...], chdir: str | None, **flags: Any) -> None:
+@flags.of_uvicorn
+def run(
+    *,
+    file: str | None,
+    listen: tuple[str, ...],
+    host: str | None,
+    port: int | None,
+    uds: str | None,
+    chdir: str | None,
+    **typed: Any,
+) -> None:
     """Start a holder, and the server APP (module:attribute) under it."""
-    given = {key: value for key, value in flags.items() if value is not None}
-    if listen:
-        given["listen"] = list(listen)
+    lists = {
+        "listen": flags.listen_of(listen, host, port, uds, _here()),
+        "resume": list(typed.pop("resume")),
+        "uvicorn": flags.take_options(typed),
+    }
+    given = {key: value for key, value in typed.items() if value is not None}
+    given |= {key: value for key, value in lists.items() if value}
     file = None if file is None else str(Path(file).absolute())
     if chdir is not None:
         given["chdir"] = str(_here() / chdir)

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 import cattrs
-from attrs.validators import ge, gt, in_, instance_of, le, min_len, optional
+from attrs.validators import deep_iterable, ge, gt, in_, instance_of, le, min_len, optional
 
-from copyover import listeners, slots
+from copyover import listeners, slots, uvicorn_options
 from copyover.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,6 +38,9 @@ def _slot_size(_: object, __: object, value: int) -> None:
 
 
 LONGEST_S = 1e7  # 115 days: longer is never, and infinity is no number of milliseconds
+FASTEST = 1e6
+INTERFACES = ("auto", "handler", "asgi", "asgi3", "asgi2", "wsgi")
+RESUMABLE = ("websocket", "stream")
 
 
 @attrs.frozen(kw_only=True)
@@ -58,6 +61,27 @@ class Config:
     app_dir: str = _key("where modules are imported from, relative to chdir", default=".")
     move: str = _key("how connections move", default="together", validator=in_(("together", "rolling")))
     loop: str = _key("the event loop", default="auto", validator=in_(("auto", "asyncio", "uvloop")))
+    interface: str = _key(
+        "what the application is: a handler of copyover's, or of a kind that uvicorn serves",
+        default="auto",
+        validator=in_(INTERFACES),
+    )
+    uvicorn: dict[str, Any] = _key("options of uvicorn's, by its names", factory=dict)
+    resume: tuple[str, ...] = _key(
+        "which connections of an ASGI application are entered again after a move, whatever it says itself",
+        default=(),
+        validator=deep_iterable(in_(RESUMABLE)),
+    )
+    reenter_rate: float = _key(
+        "how many ASGI connections a worker enters again in a second, after a move; 0: all at once",
+        default=0.0,
+        validator=[ge(0), le(FASTEST)],
+    )
+    handoff: str = _key(
+        "what moves of an ASGI application: live connections, or listeners only",
+        default="live",
+        validator=in_(("live", "listeners")),
+    )
     timeout_s: float = _key(
         "a reload that has not committed by then is rolled back", default=60.0, validator=[gt(0), le(LONGEST_S)]
     )
@@ -92,11 +116,12 @@ class Config:
     worker_record_bytes: int = _key(
         "what the records of one worker's connections may hold in a move", default=1 << 30, validator=ge(1)
     )
-    slot_bytes: int = _key(
-        "what a slot takes in the runtime directory; 0 saves nothing",
-        default=1024,
-        validator=_slot_size,
+    slot_bytes: int | None = _key(
+        "what a slot takes in the runtime directory; 0 saves nothing; else 1024 for handlers, 16384 for ASGI",
+        default=None,
+        validator=optional(_slot_size),
     )
+    shared_bytes: int = _key("the largest shared state that an application exports", default=64 << 20, validator=ge(1))
     on_crash: str = _key(
         "what becomes of connections that cannot go on exactly when their worker is killed",
         default="reset",
@@ -106,8 +131,7 @@ class Config:
     @property
     def worker_options(self) -> dict[str, Any]:
         """What a worker is told."""
-        names = ("loop", "line_bytes", "message_bytes", "unsent_bytes", "record_bytes")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in _FOR_WORKERS}
 
     @property
     def addresses(self) -> list[listeners.Address]:
@@ -115,6 +139,11 @@ class Config:
 
 
 FIELDS = {field.name: field for field in attrs.fields(Config)}
+_FOR_WORKERS = (
+    *("loop", "line_bytes", "message_bytes", "unsent_bytes", "record_bytes", "slot_bytes", "shared_bytes"),
+    *("interface", "uvicorn", "resume", "reenter_rate", "handoff"),
+)
+_LISTS = {"listen": '["HOST:PORT"]', "resume": '["websocket"]'}
 
 
 def _strict(kind: type) -> Any:
@@ -133,6 +162,25 @@ for _kind in (int, float, str):
     _converter.register_structure_hook(_kind, _strict(_kind))
 
 
+@attrs.frozen
+class _Source:
+    """Where values came from; flags have neither file nor line."""
+
+    file: str | None = None
+    text: str = ""
+
+    def refuse(self, problem: str, key: str, option: str | None = None) -> ConfigError:
+        """Make the error of *key*, or of an *option* in it."""
+        line = _line_of(key, self.text)
+        if option is None:
+            return ConfigError(problem, key=key, file=self.file, line=line)
+        line = _line_in_table(key, option, self.text) or line
+        return ConfigError(problem, key=f"{key}.{option}", file=self.file, line=line)
+
+
+_FLAGS = _Source()
+
+
 def load(file: str | None, flags: Mapping[str, Any]) -> Config:
     """
     Return the configuration that *file* and *flags* make together.
@@ -142,25 +190,49 @@ def load(file: str | None, flags: Mapping[str, Any]) -> Config:
         BadAddress: an address cannot be parsed.
 
     """
-    text = _read(file) if file is not None else ""
-    try:
-        from_file = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as problem:
-        found = re.search(r"\(at line (\d+)", str(problem))
-        raise ConfigError(f"no TOML: {problem}", file=file, line=int(found[1]) if found else None) from problem
-    values = {}
-    for key, value in from_file.items():
-        values[key] = _checked(key, value, file=file, line=_line_of(key, text))
-    for key, value in flags.items():
-        values[key] = _checked(key, value, file=None, line=None)
+    source = _Source(file, _read(file)) if file is not None else _FLAGS
+    values = {key: _checked(key, value, source) for key, value in _parse(source).items()}
+    told = {key: _checked(key, value, _FLAGS) for key, value in flags.items()}
+    options = dict.fromkeys(values.get("uvicorn", {}), source)
+    options |= dict.fromkeys(told.get("uvicorn", {}), _FLAGS)
+    values |= told | {"uvicorn": values.get("uvicorn", {}) | told.get("uvicorn", {})}
     if "app" not in values:
         raise ConfigError("is missing: name the application as module:attribute", key="app", file=file)
     config = Config(**values)
     names = [address.name for address in config.addresses]
     if not names or len(set(names)) != len(names):
         what = f"has one name twice among {', '.join(names)}" if names else "names no address"
-        raise ConfigError(what, key="listen", file=file, line=_line_of("listen", text))
+        raise source.refuse(what, "listen")
+    _check_together(config, options, _FLAGS if "resume" in told else source)
     return config
+
+
+def _parse(source: _Source) -> dict[str, Any]:
+    try:
+        return tomllib.loads(source.text)
+    except tomllib.TOMLDecodeError as problem:
+        found = re.search(r"\(at line (\d+)", str(problem))
+        line = int(found[1]) if found else None
+        raise ConfigError(f"no TOML: {problem}", file=source.file, line=line) from problem
+
+
+def _check_together(config: Config, options: Mapping[str, _Source], resume: _Source) -> None:
+    """Refuse what contradicts each other; *options* says where each of uvicorn's came from, *resume* where that did."""
+    if config.interface == "handler":
+        for option, where in options.items():
+            raise where.refuse("is an option of uvicorn's, which serves no handler", "uvicorn", option)
+        if config.resume:
+            raise resume.refuse('is about ASGI applications, and interface is "handler"', "resume")
+    for option, where in options.items():
+        chosen = config.uvicorn[option]
+        if config.handoff == "live" and uvicorn_options.is_rigid(option, chosen):
+            movable = [choice for choice in uvicorn_options.OPTIONS[option].choices if choice != chosen]
+            movable = [choice for choice in movable if not uvicorn_options.is_rigid(option, choice)]
+            raise where.refuse(
+                f"connections that {chosen} serves cannot move: choose {', '.join(movable)}, or let only the listeners "
+                'outlive a reload: handoff = "listeners" (--handoff listeners)',
+                *("uvicorn", option),
+            )
 
 
 def _read(file: str) -> str:
@@ -170,23 +242,53 @@ def _read(file: str) -> str:
         raise ConfigError(f"cannot be read: {problem}", file=file) from problem
 
 
-def _checked(key: str, value: Any, *, file: str | None, line: int | None) -> Any:
+def _checked(key: str, value: Any, source: _Source) -> Any:
     field = FIELDS.get(key)
     if field is None:
-        near = difflib.get_close_matches(key, FIELDS, 1)
-        hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(FIELDS)}"
-        raise ConfigError(f"is no key of copyover.toml{hint}", key=key, file=file, line=line)
+        raise source.refuse(f"is no key of copyover.toml{_hint(key)}", key)
+    if key == "uvicorn":
+        return _checked_options(value, source)
     if isinstance(value, str) and "\0" in value:
-        raise ConfigError("holds a NUL character", key=key, file=file, line=line)
-    if key == "listen" and isinstance(value, str):  # a string is a sequence of strings, too
-        raise ConfigError('should be an array of strings: ["HOST:PORT"]', key=key, file=file, line=line)
+        raise source.refuse("holds a NUL character", key)
+    if key in _LISTS and isinstance(value, str):  # a string is a sequence of strings, too
+        raise source.refuse(f"should be an array of strings: {_LISTS[key]}", key)
     try:
         structured = _converter.structure(value, _types()[key])
         if field.validator is not None:
             field.validator(None, field, structured)
     except (ValueError, TypeError, OverflowError, cattrs.BaseValidationError) as problem:
-        raise ConfigError(_words(problem), key=key, file=file, line=line) from problem
+        raise source.refuse(_words(problem), key) from problem
     return structured
+
+
+def _hint(key: str) -> str:
+    if key in uvicorn_options.OPTIONS:
+        return "; it is an option of uvicorn's: write it in the table [uvicorn]"
+    near = difflib.get_close_matches(key, FIELDS, 1)
+    return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(FIELDS)}"
+
+
+def _checked_options(table: Any, source: _Source) -> dict[str, Any]:
+    if not isinstance(table, dict):
+        raise source.refuse('should be a table: [uvicorn] with lines such as http = "h11"', "uvicorn")
+    checked = {}
+    for option, value in table.items():
+        if option not in uvicorn_options.OPTIONS:
+            raise source.refuse(_advice(option), "uvicorn", option)
+        try:
+            checked[option] = uvicorn_options.check(option, value)
+        except (ValueError, OverflowError) as problem:
+            raise source.refuse(str(problem), "uvicorn", option) from problem
+    return checked
+
+
+def _advice(option: str) -> str:
+    advice = uvicorn_options.where_else(option)
+    if advice is not None:
+        return f"cannot be set here; {advice}"
+    near = difflib.get_close_matches(option, uvicorn_options.OPTIONS, 1)
+    known = f"did you mean {near[0]}?" if near else f"known are {', '.join(uvicorn_options.OPTIONS)}"
+    return f"is no option of uvicorn's that a worker takes; {known}"
 
 
 def _types() -> dict[str, Any]:
@@ -206,6 +308,18 @@ def _line_of(key: str, text: str) -> int | None:
     return None
 
 
+def _line_in_table(table: str, key: str, text: str) -> int | None:
+    """Find the key behind the head of its table, or in one line with the table's name."""
+    head, lines = rf"\s*\[{re.escape(table)}\]", text.splitlines()
+    quoted = rf"[\"']?{re.escape(key)}[\"']?\s*[=.]"
+    first = next((number for number, line in enumerate(lines, 1) if re.match(head, line)), len(lines))
+    for number, line in enumerate(lines, 1):
+        where = rf"\s*{quoted}" if number > first else rf"\s*[\"']?{re.escape(table)}[\"']?\s*[.=].*\b{quoted}"
+        if re.match(where, line):
+            return number
+    return None
+
+
 def wishes(wanted: Mapping[str, Any]) -> dict[str, Any]:
     """
     Return those of *wanted* that are not None, checked as if they were flags of ``run``.
@@ -215,7 +329,7 @@ def wishes(wanted: Mapping[str, Any]) -> dict[str, Any]:
 
     """
     given = {key: value for key, value in wanted.items() if value is not None}
-    return {key: _checked(key, value, file=None, line=None) for key, value in given.items()}
+    return {key: _checked(key, value, _FLAGS) for key, value in given.items()}
 
 
 def unreloadable(running: Config, wanted: Config) -> list[str]:

@@ -24,13 +24,15 @@ if TYPE_CHECKING:
 
 VERSION = 1
 MAGIC = b"coslots\0"
-HEADER_BYTES = 4096  # a page, so that slots lie as the pages do
+PAGE_BYTES = 4096  # of the file; where the machine's are larger, more of it is there than was asked for
+HEADER_BYTES = PAGE_BYTES  # so that slots lie as the pages do
 SMALLEST_BYTES = 256
+DEFAULT_BYTES = 1024
 LARGEST_BYTES = 1 << 20
 MOST_SLOTS = 1 << 20
 
 _HEADER = struct.Struct("=8sIIIIQ")  # magic, version, bytes of a slot, slots, generation, worker
-_PREFIX_BYTES = 16  # of a slot: cookie, publish word
+PREFIX_BYTES = 16  # of a slot: cookie, publish word
 _HALF = struct.Struct("=QQQIHHIII4x")  # sequence, received, sent, epoch, flags, schema, the lengths of the three blobs
 _HALF_BYTES = _HALF.size
 _pack = _HALF.pack_into
@@ -93,7 +95,26 @@ def capacity(slot_bytes: int) -> int:
 
 
 def _half_bytes(slot_bytes: int) -> int:
-    return (slot_bytes - _PREFIX_BYTES) // _ROOM_UNIT * _ROOM_UNIT // 2
+    return (slot_bytes - PREFIX_BYTES) // _ROOM_UNIT * _ROOM_UNIT // 2
+
+
+def spans(slot_bytes: int, place: int, wanted_bytes: int) -> tuple[int, list[tuple[int, int]]]:
+    """
+    Return what of the file has to be there for *wanted_bytes* in either half, in whole pages.
+
+    And first how many bytes each half then holds: the rest of its last page is there, too.
+    """
+    first = HEADER_BYTES + place * slot_bytes
+    upper, lower = first + PREFIX_BYTES, first + PREFIX_BYTES + _half_bytes(slot_bytes)
+    room_bytes = most_bytes = capacity(slot_bytes)
+    found = []
+    for start, half in ((first, upper), (lower, lower)):
+        blobs = half + _HALF_BYTES
+        pages = -(-(blobs + min(wanted_bytes, most_bytes)) // PAGE_BYTES)
+        end = min(pages * PAGE_BYTES, first + slot_bytes)
+        room_bytes = min(room_bytes, end - blobs)
+        found.append((start, end))
+    return room_bytes, found
 
 
 # ---- writing
@@ -113,7 +134,7 @@ class Pen:
         self._buffer = buffer
         self._words = words
         self._word = first // 8 + 1
-        self._halves = first + _PREFIX_BYTES, first + _PREFIX_BYTES + _half_bytes(slot_bytes)
+        self._halves = first + PREFIX_BYTES, first + PREFIX_BYTES + _half_bytes(slot_bytes)
         self.room_bytes = capacity(slot_bytes)
         self.sequence = 0
 
@@ -204,7 +225,7 @@ def read(slot: bytes | memoryview) -> tuple[int, Content] | None:
     if cookie == 0 or sequence == 0:
         return None
     half_bytes = _half_bytes(len(slot))
-    start = _PREFIX_BYTES + (sequence & 1) * half_bytes
+    start = PREFIX_BYTES + (sequence & 1) * half_bytes
     written, received, sent, epoch, flags, schema, *lengths = _HALF.unpack_from(slot, start)
     left_out = flags & _LEFT_OUT_UNREAD, flags & _LEFT_OUT_UNSENT, flags & _LEFT_OUT_STATE
     held = [0 if out else length for out, length in zip(left_out, lengths, strict=True)]
@@ -228,6 +249,12 @@ def read(slot: bytes | memoryview) -> tuple[int, Content] | None:
         state=state,
         is_touched=bool(word & TOUCHED),
     )
+
+
+def named(slot: bytes) -> int:
+    """Return whose slot it is, by its first bytes; 0 if it is free."""
+    cookie: int = _UNITS.unpack_from(slot)[0]
+    return cookie
 
 
 def read_all(area: bytes, slot_bytes: int) -> Iterator[tuple[int, Content]]:

@@ -180,8 +180,7 @@ class Server:
     def configure(self, **settings: Any) -> None:
         """Change keys of copyover.toml; the next reload reads them. None removes a key."""
         self._settings = {key: value for key, value in (self._settings | settings).items() if value is not None}
-        # JSON's strings, numbers, booleans and arrays of them are TOML's.
-        lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in self._settings.items()]
+        lines = [f"{key} = {_as_toml(value)}\n" for key, value in self._settings.items()]
         new = self.directory / "copyover.toml.new"
         new.write_text("".join(lines), encoding="utf-8")
         new.rename(self.directory / "copyover.toml")
@@ -331,6 +330,13 @@ class Server:
     def problems(self) -> list[str]:
         """Return the lines of the log that no healthy server writes."""
         return [line for line in self.log.splitlines() if "event=refused" in line or line.startswith("Traceback (")]
+
+
+def _as_toml(value: Any) -> str:
+    """Write a value in one line. JSON's strings, numbers, booleans and arrays of them are TOML's."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_as_toml(inner)}" for key, inner in value.items()) + "}"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _address(url: str) -> tuple[str, int] | str:

@@ -113,6 +113,8 @@ class Crew:
 
     def _make_slots(self, worker: int, generation: int) -> SlotFile:
         size = self.generations[generation].config.slot_bytes
+        if size is None:  # the worker, which knows what it serves, may give its file another shape
+            size = slots.DEFAULT_BYTES
         header = slots.shape(size, process.descriptor_limit(), worker=worker, generation=generation)
         return SlotFile.make(self._directory, self._environment["COPYOVER_INSTANCE"], header)
 

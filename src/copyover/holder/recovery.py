@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -142,9 +143,7 @@ def _contents(descriptor: int, wanted: Iterable[int]) -> dict[int, slots.Content
     found: dict[int, slots.Content] = {}
     doubtful: set[int] = set()
     asked = frozenset(wanted)
-    for cookie, content in _read(descriptor):
-        if cookie not in asked:
-            continue
+    for cookie, content in _read(descriptor, asked):
         known = found.get(cookie)
         if known is None or content.epoch > known.epoch:
             found[cookie] = content
@@ -154,20 +153,43 @@ def _contents(descriptor: int, wanted: Iterable[int]) -> dict[int, slots.Content
     return {cookie: content for cookie, content in found.items() if cookie not in doubtful}
 
 
-def _read(descriptor: int) -> Iterator[tuple[int, slots.Content]]:
+def _read(descriptor: int, wanted: frozenset[int]) -> Iterator[tuple[int, slots.Content]]:
     try:
         header = slots.read_header(os.pread(descriptor, slots.HEADER_BYTES, 0))
     except WireError:
         return
-    if not header.slots:
-        return
+    if header.slots and header.slot_bytes <= slots.DEFAULT_BYTES:
+        found = _read_together(descriptor, header)
+        yield from ((cookie, content) for cookie, content in found if cookie in wanted)
+    elif header.slots:
+        yield from _read_singly(descriptor, header, wanted)
+
+
+def _read_together(descriptor: int, header: slots.Header) -> Iterator[tuple[int, slots.Content]]:
+    """Read many slots at once, at most 1 GiB in all."""
     step = max(_CHUNK_BYTES // header.slot_bytes, 1) * header.slot_bytes
     at = slots.HEADER_BYTES
-    while at < header.file_bytes:
-        try:
-            at += (os.lseek(descriptor, at, os.SEEK_DATA) - at) // step * step  # the file is mostly holes. lseek(2)
-        except OSError:  # ENXIO: nothing but holes
-            return
+    while (at := _find_written(descriptor, at, step)) < header.file_bytes:
         area = os.pread(descriptor, min(step, header.file_bytes - at), at)
         yield from slots.read_all(area, header.slot_bytes)
         at += step
+
+
+def _read_singly(descriptor: int, header: slots.Header, wanted: frozenset[int]) -> Iterator[tuple[int, slots.Content]]:
+    """Look whose the large slots are; read one for each connection, and as many again should two have the same."""
+    step, left = header.slot_bytes, 2 * len(wanted)
+    at = slots.HEADER_BYTES
+    while left and (at := _find_written(descriptor, at, step)) < header.file_bytes:
+        prefix = os.pread(descriptor, slots.PREFIX_BYTES, at)
+        if len(prefix) == slots.PREFIX_BYTES and slots.named(prefix) in wanted:
+            yield from slots.read_all(os.pread(descriptor, step, at), step)
+            left -= 1
+        at += step
+
+
+def _find_written(descriptor: int, at: int, step: int) -> int:
+    """Return where the next step begins in which anything is written: the file is mostly holes. lseek(2)"""
+    try:
+        return at + (os.lseek(descriptor, at, os.SEEK_DATA) - at) // step * step
+    except OSError:  # ENXIO: nothing but holes
+        return sys.maxsize

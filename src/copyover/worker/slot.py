@@ -44,6 +44,23 @@ def register(descriptor: int) -> None:
         log.warning("event=slots problem=%r", f"the file of slots cannot be locked: {problem.strerror}")
 
 
+def reshape(descriptor: int, slot_bytes: int) -> None:
+    """
+    Give the file other slots, as many as it has; before Slots are made of it, and if it is empty.
+
+    It is one of holes: what it takes is what is written. The holder reads its shape from it when we are dead.
+
+    Raises:
+        OSError: the file cannot be so large; it is as before.
+        WireError: it is no file of ours.
+
+    """
+    was = slots.read_header(os.pread(descriptor, slots.HEADER_BYTES, 0))
+    header = slots.shape(slot_bytes, was.slots, worker=was.worker, generation=was.generation)
+    os.ftruncate(descriptor, header.file_bytes)
+    os.pwrite(descriptor, header.pack(), 0)
+
+
 class Slots:
     """
     The file of slots of this worker.
@@ -63,7 +80,7 @@ class Slots:
             raise WireError("the file of slots is shorter than its header says")
         self._memory = memoryview(mmap.mmap(descriptor, self._header.file_bytes))
         self._words = self._memory.cast("Q")
-        self._free: list[int] = []
+        self._free: list[tuple[int, int]] = []  # places, and the room that each has
         self._used = 0
         self._allocated = 0
         self._complaints: set[str] = set()
@@ -71,11 +88,13 @@ class Slots:
 
     def take(self, cookie: int, epoch: int, record: Record) -> Slot | None:
         """Return a slot that says *record* already; None if there is none left."""
-        place = self._find_free()
-        if place is None:
+        found = self._find_free()
+        if found is None:
             self.unslotted += bool(self._header.slots)
             return None
+        place, room_bytes = found
         slot = Slot(self, self._memory, self._words, place, self._header.slot_bytes)
+        slot.room_bytes = room_bytes
         slot.save_record(record, epoch)
         slot.name(cookie)
         return slot
@@ -83,7 +102,7 @@ class Slots:
     def snapshot(self) -> Snapshot:
         return Snapshot(self._encode, is_json=self._is_json)
 
-    def _find_free(self) -> int | None:
+    def _find_free(self) -> tuple[int, int] | None:
         if self._free:
             return self._free.pop()
         if self._used >= self._header.slots:
@@ -92,25 +111,39 @@ class Slots:
                     f"all {self._header.slots} slots are taken; further connections are reset if it is killed"
                 )
             return None
-        end = slots.HEADER_BYTES + (self._used + 1) * self._header.slot_bytes
-        if end > self._allocated and not self._allocate(end):
+        room_bytes = self.make_room(self._used, 0)
+        if room_bytes is None:
             return None
         self._used += 1
-        return self._used - 1
+        return self._used - 1, room_bytes
 
-    def _allocate(self, end: int) -> bool:
-        """Have the memory before it is written: without it a full file system kills the process with SIGBUS. mmap(2)"""
-        upto = min(max(end, self._allocated + _ALLOCATED_BYTES), self._header.file_bytes)
+    def make_room(self, place: int, wanted_bytes: int) -> int | None:
+        """
+        Have the memory for *wanted_bytes* in each half; return how many there is for, None if there is none.
+
+        It is had before it is written: without it a full file system kills the process with SIGBUS. mmap(2)
+        """
+        if self._header.slot_bytes > slots.PAGE_BYTES:
+            room_bytes, spans = slots.spans(self._header.slot_bytes, place, wanted_bytes)
+            return room_bytes if all(self._allocate(start, end) for start, end in spans) else None
+        end = slots.HEADER_BYTES + (place + 1) * self._header.slot_bytes
+        if end > self._allocated:
+            upto = min(max(end, self._allocated + _ALLOCATED_BYTES), self._header.file_bytes)
+            if not self._allocate(self._allocated, upto):
+                return None
+            self._allocated = upto
+        return slots.capacity(self._header.slot_bytes)
+
+    def _allocate(self, start: int, end: int) -> bool:
         try:
-            os.posix_fallocate(self._descriptor, self._allocated, upto - self._allocated)
+            os.posix_fallocate(self._descriptor, start, end - start)
         except OSError as problem:
             self.complain(f"the runtime directory has no room for slots ({problem.strerror}); mount it larger")
             return False
-        self._allocated = upto
         return True
 
-    def give_back(self, place: int) -> None:
-        self._free.append(place)
+    def give_back(self, place: int, room_bytes: int) -> None:
+        self._free.append((place, room_bytes))
 
     def complain(self, problem: str) -> None:
         """Say it once: it may be so of every connection, at every boundary."""
@@ -122,12 +155,13 @@ class Slots:
 class Slot(slots.Pen):
     """The slot of one connection; when it is saved is boundary's business."""
 
-    __slots__ = ("_counted", "_held", "_place", "_rest", "_slots", "_snapshot", "_waits", "epoch")
+    __slots__ = ("_counted", "_held", "_most_bytes", "_place", "_rest", "_slots", "_snapshot", "_waits", "epoch")
 
     def __init__(self, file: Slots, memory: memoryview, words: memoryview, place: int, slot_bytes: int) -> None:
         super().__init__(memory, words, place, slot_bytes)
         self._slots = file
         self._place = place
+        self._most_bytes = self.room_bytes  # when all of it is there
         self._snapshot = file.snapshot()
         self.epoch = 0
         self._counted = (0, 0, 0)  # received, sent and unsent bytes, as they were saved
@@ -149,7 +183,12 @@ class Slot(slots.Pen):
             return
         else:
             self._held[half] = encoded
-        self.publish(received, sent, self.epoch, flags, self._slots.schema, transport.unread, unsent, encoded)
+        unread = transport.unread
+        if self.room_bytes < self._most_bytes:
+            self._grow(len(encoded or b""), len(unsent), len(unread))
+            if encoded is not None and len(encoded) > self.room_bytes:
+                self._held[half] = _NOTHING  # it is left out
+        self.publish(received, sent, self.epoch, flags, self._slots.schema, unread, unsent, encoded)
 
     def save_record(self, record: Record, epoch: int) -> None:
         """Say what *record* says, at *epoch*."""
@@ -157,6 +196,7 @@ class Slot(slots.Pen):
         self._counted = (record.received, record.sent, len(record.unsent))
         flags = record.flags & _KEPT_FLAGS
         blobs = record.unread, record.unsent, record.state
+        self._grow(*map(len, reversed(blobs)))
         self.publish(record.received, record.sent, epoch, flags, record.schema, *blobs)
 
     def is_behind(self, transport: Transport) -> bool:
@@ -170,7 +210,18 @@ class Slot(slots.Pen):
 
     def free(self) -> None:
         self.name(0)
-        self._slots.give_back(self._place)
+        self._slots.give_back(self._place, self.room_bytes)
+
+    def _grow(self, *blobs: int) -> None:
+        """Have room for those of the blobs that publish will take: it leaves out what a whole slot has no room for."""
+        if sum(blobs) <= self.room_bytes:
+            return
+        wanted_bytes = 0
+        for length in blobs:
+            if wanted_bytes + length <= self._most_bytes:
+                wanted_bytes += length
+        if wanted_bytes > self.room_bytes:
+            self.room_bytes = self._slots.make_room(self._place, wanted_bytes) or self.room_bytes
 
     def _state_bytes(self, state: object) -> bytes | None:
         """Return the state, None if it does not fit; one that does not is left alone for more and more boundaries."""
@@ -182,10 +233,10 @@ class Slot(slots.Pen):
         except Exception as problem:  # noqa: BLE001  # whatever encode raises means that it cannot be saved
             self._slots.complain(f"a state cannot be saved: {type(problem).__name__}: {problem}")
         else:
-            if len(encoded) <= self.room_bytes:
+            if len(encoded) <= self._most_bytes:
                 self._waits = 0
                 return encoded
-            self._slots.complain(f"states of more than {self.room_bytes} bytes are not saved: raise slot_bytes")
+            self._slots.complain(f"states of more than {self._most_bytes} bytes are not saved: raise slot_bytes")
         self._waits = min(2 * self._waits + 1, _LONGEST_REST)
         self._rest = self._waits
         return None
