@@ -28,6 +28,7 @@ from copyover.worker import agent, effects
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+READY = messages.Ready(application="app:main", loop="asyncio", writes=1, reads=[1], shares=True, interface="handler")
 MOST_CONNECTIONS = 4
 MOST_RELOADS = 3
 MOST_KILLS = 2
@@ -114,7 +115,7 @@ class Process:
 
     def start(self) -> None:
         self.is_started = True
-        self.send(messages.Ready(application="app:main", loop="asyncio", writes=1, reads=[1], shares=True))
+        self.send(READY)
 
     def send(self, message: messages.Message, descriptors: Sequence[int] = ()) -> None:
         if not self.world.is_orphaned:
@@ -239,7 +240,7 @@ class Process:
 
     def accept(self, cookie: int) -> None:
         self.locals[cookie] = Local(0, Course.RUNNING, has_coroutine=True)
-        self.perform(self.agent.accepted([cookie], self.world.truths[cookie].listener))
+        self.perform(self.agent.accepted([cookie], self.world.truths[cookie].listener, messages.Kind.HANDLER))
 
     def serve(self, cookie: int) -> None:
         """A message comes and is answered."""
@@ -454,11 +455,10 @@ class World:
                 is_current = process.locals[cookie].version == self.truths[cookie].version
                 listener = self.truths[cookie].listener
                 rows.append(events.Row(cookie, epoch, listener, messages.Doing(doing), record, is_current, descriptor))
-        ready = messages.Ready(application="app:main", loop="asyncio", writes=1, reads=[1], shares=True)
         agent_ = process.agent
         standing = (agent_.is_committed, agent_.is_leaving)
         known = frozenset(self.known[process.generation])
-        return events.Report(process.number, process.generation, ready, *standing, rows, tombstones, known)
+        return events.Report(process.number, process.generation, READY, *standing, rows, tombstones, known)
 
     def reload(self, move: str, workers: int, bake_s: float = 0.0) -> None:
         self.reloads += 1

@@ -14,7 +14,7 @@ from copyover.errors import IllegalEvent
 from copyover.events import Died, FromWorker, Outcome, StopAsked, TimerFired
 from copyover.holdings import MAX_BACKOFF_S, Holdings, Strength
 from copyover.ledger import Ledger, Standing
-from copyover.messages import RecordFlag
+from copyover.messages import Kind, RecordFlag
 from copyover.move import ROLLING_BATCH, Move
 from copyover.parking import Parking
 from copyover.reload import Machine
@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 E = TypeVar("E")
 M = TypeVar("M", bound=messages.Message)
 
-READY = messages.Ready(application="app:main", loop="asyncio", writes=1, reads=[1], shares=False)
+READY = messages.Ready(application="app:main", loop="asyncio", writes=1, reads=[1], shares=False, interface="handler")
+
+
+def lend_of(*cookies: int, listener: int = 0, kind: Kind = Kind.HANDLER) -> messages.Lend:
+    return messages.Lend(cookie=cookies, listener=(listener,) * len(cookies), kind=(kind,) * len(cookies))
 
 
 class Story:
@@ -59,9 +63,11 @@ class Story:
         for worker in [w.id for w in self.machine.holdings.workers.values() if w.strength is Strength.BOOTING]:
             self.says(worker, READY)
 
-    def lend(self, worker: int, *cookies: int, listener: int = 0) -> list[events.Effect]:
-        message = messages.Lend(cookie=cookies, listener=(listener,) * len(cookies))
-        return self.says(worker, message, [cookie + 1000 for cookie in cookies])
+    def lend(self, worker: int, *cookies: int, listener: int = 0, kind: Kind = Kind.HANDLER) -> list[events.Effect]:
+        return self.says(worker, lend_of(*cookies, listener=listener, kind=kind), [cookie + 1000 for cookie in cookies])
+
+    def became(self, worker: int, cookie: int, kind: Kind, epoch: int = 0) -> list[events.Effect]:
+        return self.says(worker, messages.Became(cookie=(cookie,), epoch=(epoch,), kind=(kind,)))
 
     def release(self, worker: int, cookie: int, epoch: int = 0) -> list[events.Effect]:
         how = (messages.How.CLOSED,)
@@ -216,6 +222,8 @@ def every_message(worker: int) -> list[messages.Message]:
         at: dict[str, Any] = {"cookie": (cookie,), "epoch": (epoch,)}
         found += [
             messages.Release(how=(0,), **at),
+            messages.Became(kind=(1,), **at),
+            messages.Became(kind=(4,), **at),
             messages.Adopted(pause_us=(0,), **at),
             messages.Refused(reason=(b"busy",), **at),
             messages.Frozen(batch=0, **at, **one),
@@ -229,10 +237,11 @@ def every_message(worker: int) -> list[messages.Message]:
 def every_event() -> list[events.Event]:
     from_workers = [FromWorker(worker, message) for worker in (1, 2, 99) for message in every_message(worker)]
     lends = [
-        FromWorker(worker, messages.Lend(cookie=cookies, listener=(0,) * len(cookies)), descriptors)
+        FromWorker(worker, lend_of(*cookies), descriptors)
         for worker in (1, 2, 99)
         for cookies, descriptors in (((20,), [1020]), ((10,), [1]), ((20, 20), [1, 2]), ((20, 21), [1]))
     ]
+    lends.append(FromWorker(1, attrs.evolve(lend_of(20), kind=(4,)), [1020]))
     timers = [TimerFired(name) for name in ("change", "stop", "healthy", "retire 1", "retire 2", "retire 99", "other")]
     asked = events.Reload(7, 9, 1, "together", 60.0)
     reloads = [asked, attrs.evolve(asked, is_remembered=True)]

@@ -274,12 +274,13 @@ class Holdings:
         Take over a copy of each connection of a batch, checked whole before anything changes.
 
         Raises:
-            IllegalEvent: counts that do not add up, or a connection that is in the ledger.
+            IllegalEvent: counts that do not add up, a connection that is in the ledger, or an unknown kind.
 
         """
         message = messages.expect(event.message, messages.Lend)
         if len(event.descriptors) != len(message.cookie) or len(set(message.cookie)) != len(message.cookie):
             raise IllegalEvent(f"worker {event.worker} lent {len(message.cookie)} connections that do not add up")
+        self.ledger.check_kinds(event.worker, message.kind)
         known = [cookie for cookie in message.cookie if cookie in self.ledger.entries]
         if known:
             raise IllegalEvent(f"worker {event.worker} lent connection {known[0]}, which is in the ledger")
@@ -287,8 +288,10 @@ class Holdings:
         if worker.is_full and worker.offs_acked == worker.offs:
             raise IllegalEvent(f"worker {worker.id} lent {len(message.cookie)} connections and is told to accept none")
         entries = [
-            self.ledger.lend(worker.id, cookie, descriptor, listener)
-            for cookie, descriptor, listener in zip(message.cookie, event.descriptors, message.listener, strict=True)
+            self.ledger.lend(worker.id, cookie, descriptor, listener, kind)
+            for cookie, descriptor, listener, kind in zip(
+                message.cookie, event.descriptors, message.listener, message.kind, strict=True
+            )
         ]
         worker.lent += len(entries)
         self.counters["accepted"] += len(entries)
@@ -310,6 +313,21 @@ class Holdings:
         )
         for accepting in [worker for worker in self.workers.values() if worker.strength is Strength.READY]:
             self.accept_off(accepting, is_moving=False)
+
+    def became(self, event: events.FromWorker) -> None:
+        """
+        Note what a worker serves some of its connections as from now on.
+
+        Raises:
+            IllegalEvent: one is not its own, or an unknown kind.
+
+        """
+        message = messages.expect(event.message, messages.Became)
+        self.ledger.check(event.worker, message.cookie, message.epoch, (Standing.SERVED, Standing.FREEZING))
+        self.ledger.check_kinds(event.worker, message.kind)
+        for cookie, kind in zip(message.cookie, message.kind, strict=True):
+            if not self.ledger.is_late(cookie):
+                self.ledger.became(event.worker, cookie, kind)
 
     def adopt(self, event: events.FromWorker) -> list[tuple[Entry, int]]:
         """

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import attrs
 
 from copyover.errors import IllegalEvent
+from copyover.messages import Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from copyover.messages import Record
 
@@ -54,6 +55,7 @@ class Entry:
     listener: int
     owner: int
     epoch: int = 0
+    kind: Kind = Kind.HANDLER
     standing: Standing = Standing.SERVED
     passage: Passage | None = None
 
@@ -109,6 +111,19 @@ class Ledger:
             if epoch != entry.epoch:
                 raise IllegalEvent(f"worker {worker} spoke of connection {cookie} at epoch {epoch}, not {entry.epoch}")
 
+    @staticmethod
+    def check_kinds(worker: int, kinds: Iterable[int]) -> None:
+        """
+        See that all of *kinds* are known.
+
+        Raises:
+            IllegalEvent: one is no Kind.
+
+        """
+        unknown = set(kinds).difference(Kind)
+        if unknown:
+            raise IllegalEvent(f"worker {worker} serves a connection as {min(unknown)}, which is no kind")
+
     def _owned_by(self, worker: int, cookie: int, *standings: Standing) -> Entry:
         entry = self.entries.get(cookie)
         if entry is None:
@@ -129,12 +144,16 @@ class Ledger:
     def _stand(self, entry: Entry, standing: Standing) -> None:
         entry.standing, entry.moving.since_s = standing, self.now_s
 
-    def lend(self, worker: int, cookie: int, descriptor: int, listener: int) -> Entry:
+    def lend(self, worker: int, cookie: int, descriptor: int, listener: int, kind: int = Kind.HANDLER) -> Entry:
         if cookie in self.entries:
             raise IllegalEvent(f"connection {cookie} was lent twice")
-        entry = self.entries[cookie] = Entry(cookie, descriptor, listener, worker)
+        entry = self.entries[cookie] = Entry(cookie, descriptor, listener, worker, kind=Kind(kind))
         self.owned[worker] += 1
         return entry
+
+    def became(self, worker: int, cookie: int, kind: int) -> None:
+        """Its owner serves it as something else."""
+        self._owned_by(worker, cookie, Standing.SERVED, Standing.FREEZING).kind = Kind(kind)
 
     def release(self, worker: int, cookie: int) -> Ending:
         """The owner says that it ended. A tombstone stays, so that nothing revives it."""
@@ -178,6 +197,7 @@ class Ledger:
         elif passage.origin == 0:  # the coroutine that can go on after a roll-back is the first that stopped
             passage.origin = worker
         passage.record, passage.is_given = record, False
+        entry.kind = Kind(record.kind)
         self._stand(entry, Standing.PARKED)
         return entry
 
@@ -235,10 +255,10 @@ class Ledger:
         return entry
 
     def recover(self, cookie: int, record: Record) -> Entry:
-        """Take over what a dead worker served, from its last boundary."""
+        """Take over what a dead worker served, from its last boundary; what it was, only the ledger tells."""
         entry = self.entries[cookie]
         passage = entry.moving
-        passage.record, passage.is_given, passage.was_adopted = record, False, True
+        passage.record, passage.is_given, passage.was_adopted = attrs.evolve(record, kind=entry.kind), False, True
         self._stand(entry, Standing.PARKED)
         return entry
 

@@ -159,12 +159,13 @@ class Move:
         Records came: park the connections and give them to whom the direction wants.
 
         Raises:
-            IllegalEvent: one is not the sender's, or was not asked for.
+            IllegalEvent: one is not the sender's, was not asked for, or is of an unknown kind.
 
         """
         message = messages.expect(event.message, messages.Frozen)
         worker = self._holdings.workers[event.worker]
         self._ledger.check(worker.id, message.cookie, message.epoch, (Standing.FREEZING,))
+        self._ledger.check_kinds(worker.id, message.kind)
         worker.unanswered.discard(message.batch)
         worker.parked_bytes += sum(record.size_bytes for record in message.records())
         self.place(

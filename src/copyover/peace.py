@@ -72,6 +72,9 @@ class Peace:
     def _lend(self, event: FromWorker) -> None:
         self.holdings.lend(event)
 
+    def _became(self, event: FromWorker) -> None:
+        self.holdings.became(event)
+
     def _forward(self, event: FromWorker) -> None:
         self.holdings.forward(event)
 

@@ -330,12 +330,16 @@ class Machine(Undoing):
     _CHANGING: ClassVar = (Phase.BOOTING, Phase.STAGING, Phase.MOVING, Phase.BAKING, Phase.ROLLING_BACK)
     _LIVING: ClassVar = (Phase.SERVING, *_CHANGING, Phase.STOPPING)
     _COUNTS_AFTER_DEATH: ClassVar = frozenset(
-        {messages.Lend, messages.Release, messages.Frozen, messages.Refused, messages.Adopted, messages.Forward}
+        {
+            *(messages.Lend, messages.Became, messages.Release, messages.Frozen, messages.Refused, messages.Adopted),
+            messages.Forward,
+        }
     )
     _TRANSITIONS: ClassVar[dict[tuple[Phase, type], Callable[[Machine, Any], None]]] = {
         # -------------------------------- whatever happens else
         **dict.fromkeys(itertools.product(Phase, [TimerFired]), _timer),
         **dict.fromkeys(itertools.product(_LIVING, [messages.Lend]), Peace._lend),
+        **dict.fromkeys(itertools.product(_LIVING, [messages.Became]), Peace._became),
         **dict.fromkeys(itertools.product(_LIVING, [messages.Release]), Peace._release),
         **dict.fromkeys(itertools.product(_LIVING, [messages.Forward]), Peace._forward),
         **dict.fromkeys(itertools.product(_LIVING, [messages.Staged]), _staged),  # of what is refused by now

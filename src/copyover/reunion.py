@@ -81,7 +81,7 @@ def _precedence(found: tuple[int, Row]) -> tuple[int, bool]:
 
 def _enter(holdings: Holdings, copies: Sequence[tuple[int, Row]]) -> None:
     *older, (owner, newest) = copies
-    entry = holdings.ledger.lend(owner, newest.cookie, newest.descriptor, newest.listener)
+    entry = holdings.ledger.lend(owner, newest.cookie, newest.descriptor, newest.listener, newest.record.kind)
     entry.epoch, entry.standing = newest.epoch, _STANDINGS[newest.doing]
     waiting = [worker for worker, row in copies if row.doing is Doing.FROZE]
     if newest.doing is not Doing.SERVES or waiting:

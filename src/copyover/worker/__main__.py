@@ -74,6 +74,7 @@ def main() -> None:
             writes=application.schema,
             reads=application.readable,
             shares=application.export_shared is not None,
+            interface="handler",
         )
         identity = _identity(hello, welcome, ready, directory, home)
         equipment = Equipment(_limits(welcome.options), identity, _slots(slots, application))
@@ -143,6 +144,7 @@ def _identity(
         writes=ready.writes,
         reads=ready.reads,
         shares=ready.shares,
+        interface=ready.interface,
         is_committed=False,
         is_leaving=False,
         names=welcome.names,

@@ -55,6 +55,7 @@ class Standing(enum.Enum):
     THAWED = "thawed"  # it has its record and is not adopted yet
 
 
+_RUNNING = (Standing.SERVING, Standing.FREEZING, Standing.HALTED)  # the holder has no record of these
 _WAITING = {Standing.FROZEN: messages.Doing.FROZE, Standing.THAWED: messages.Doing.WAITS}
 
 
@@ -63,6 +64,7 @@ class Seat:
     """One connection as this worker sees it."""
 
     standing: Standing
+    kind: messages.Kind = messages.Kind.HANDLER
     epoch: int = 0
     batch: int = 0
     is_cut: bool = False
@@ -105,15 +107,31 @@ class Agent:
 
     # ---- accepting
 
-    def accepted(self, cookies: Sequence[int], listener: int) -> list[Effect]:
+    def accepted(self, cookies: Sequence[int], listener: int, kind: messages.Kind) -> list[Effect]:
         """Take fresh connections in; the lend comes before their first read."""
         for cookie in cookies:
-            self.seats[cookie] = Seat(Standing.SERVING)
+            self.seats[cookie] = Seat(Standing.SERVING, kind)
         self.unacked.extend(cookies)
-        return [
-            Send(messages.Lend(cookie=tuple(chunk), listener=(listener,) * len(chunk)), tuple(chunk))
-            for chunk in _chunks(cookies, messages.MAX_DESCRIPTORS)
-        ]
+        effects: list[Effect] = []
+        for chunk in _chunks(cookies, messages.MAX_DESCRIPTORS):
+            rows = len(chunk)
+            lend = messages.Lend(cookie=tuple(chunk), listener=(listener,) * rows, kind=(kind,) * rows)
+            effects.append(Send(lend, tuple(chunk)))
+        return effects
+
+    def became(self, kinds: Mapping[int, messages.Kind]) -> list[Effect]:
+        """Tell the holder what these are served as from now on; of what is not served here its record tells."""
+        rows = []
+        for cookie, kind in kinds.items():
+            seat = self.seats.get(cookie)
+            if seat is not None and seat.standing in _RUNNING and seat.kind is not kind:
+                seat.kind = kind
+                rows.append((cookie, seat.epoch, kind))
+        effects: list[Effect] = []
+        for chunk in _chunks(rows, messages.MAX_ROWS):
+            cookies, epochs, told = zip(*chunk, strict=True)
+            effects.append(Send(messages.Became(cookie=cookies, epoch=epochs, kind=told)))
+        return effects
 
     def ended(self, hows: Mapping[int, messages.How]) -> list[Effect]:
         """Tell the holder which connections ended; to a freeze under way this is the answer."""
@@ -281,8 +299,8 @@ class Agent:
     ) -> list[Effect]:
         """The records that were asked for; those that cannot be taken go on here."""
         rows = [(cookie, record, self.seats[cookie]) for cookie, record in records.items()]
-        for _, _, seat in rows:
-            seat.standing = Standing.FROZEN
+        for _, record, seat in rows:
+            seat.standing, seat.kind = Standing.FROZEN, messages.Kind(record.kind)
         effects: list[Effect] = [
             Send(
                 messages.Frozen(
@@ -352,6 +370,8 @@ class Agent:
 
     def _thaw(self, message: messages.Thaw, _: int) -> list[Effect]:
         records = tuple(message.records())
+        if not set(message.kind) <= set(messages.Kind):
+            raise IllegalEvent(f"a connection is to be thawed as {max(message.kind)}, which is no kind")
         for cookie, epoch in zip(message.cookie, message.epoch, strict=True):
             seat = self.seats.get(cookie)
             if seat is None or seat.standing not in (Standing.STAGED, Standing.FROZEN) or epoch <= seat.epoch:
@@ -360,6 +380,8 @@ class Agent:
             seat = self.seats[cookie]
             seat.standing, seat.epoch, seat.halted_ns = Standing.THAWED, epoch, record.halted_ns
             seat.is_cut = bool(record.flags & messages.RecordFlag.CUT)
+            if not record.flags & messages.RecordFlag.UNSERVED:
+                seat.kind = messages.Kind(record.kind)
             self._thawed[cookie] = seat
         return [Restore(message.cookie, records)]
 
@@ -419,7 +441,10 @@ class Agent:
         """A new holder asks for everything: *listeners* tells where each connection came from."""
         self._acked = self._staged = 0
         self.unacked.clear()
-        rows = [(cookie, seat, records.get(cookie, messages.Record())) for cookie, seat in self.seats.items()]
+        rows = [
+            (cookie, seat, records.get(cookie) or messages.Record(kind=seat.kind))
+            for cookie, seat in self.seats.items()
+        ]
         effects: list[Effect] = []
         for cut in messages.record_chunks([record for _, _, record in rows], messages.MAX_DESCRIPTORS):
             cookies = tuple([cookie for cookie, _, _ in rows[cut]])

@@ -275,7 +275,8 @@ class Runtime:
         fresh = [self._build(sock, cookie_of(sock), listener) for sock in socks]
         for connection in fresh:
             self._take_slot(connection, 0, messages.Record(flags=messages.RecordFlag.FRESH))
-        self._perform(self._agent.accepted([connection.cookie for connection in fresh], listener))
+        cookies = [connection.cookie for connection in fresh]
+        self._perform(self._agent.accepted(cookies, listener, messages.Kind.HANDLER))
 
     def _build(self, sock: socket.socket, cookie: int, number: int) -> Connection[Any]:
         self._numbers[cookie] = number
