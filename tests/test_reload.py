@@ -76,8 +76,10 @@ class Story:
     def staged(self, worker: int) -> list[events.Effect]:
         return self.says(worker, messages.Staged(total=self.machine.holdings.workers[worker].staged))
 
-    def frozen(self, worker: int, *cookies: int, epoch: int = 0, batch: int = 0) -> list[events.Effect]:
-        records = [messages.Record(schema=1, state=f"{cookie} by {worker}".encode()) for cookie in cookies]
+    def frozen(
+        self, worker: int, *cookies: int, epoch: int = 0, batch: int = 0, kind: Kind = Kind.HANDLER
+    ) -> list[events.Effect]:
+        records = [messages.Record(kind, schema=1, state=f"{cookie} by {worker}".encode()) for cookie in cookies]
         epochs = (epoch,) * len(cookies)
         columns = messages.record_columns(records)
         return self.says(worker, messages.Frozen(batch=batch, cookie=cookies, epoch=epochs, **columns))
@@ -577,6 +579,140 @@ def test_a_busy_batch_holds_up_no_other() -> None:
     first, _ = (message for message in story.sent(1) if isinstance(message, messages.Freeze))
     story.says(1, messages.Frozen(batch=first.batch))
     assert len(story.sent_one(1, messages.Freeze).cookie) == ROLLING_BATCH
+
+
+# ---- a reload, auto
+
+
+def to_auto(**wishes: Any) -> Story:
+    """Incumbents 1 (WebSocket 20, and 10 to 13 of HTTP) and 2 (WebSocket 21); replacements 3 and 4."""
+    story = Story(workers=2)
+    story.lend(1, 10, 11, 12, 13, kind=Kind.HTTP)
+    story.lend(1, 20, kind=Kind.WEBSOCKET)
+    story.lend(2, 21, kind=Kind.WEBSOCKET)
+    story.reload(move="auto", workers=2, **wishes)
+    story.all_ready()
+    return story
+
+
+def test_auto_moves_http_after_the_cut() -> None:
+    """All but HTTP is one cut; HTTP is served on meanwhile, and is frozen once every cut has been entered."""
+    story = to_auto()
+    story.staged(3)
+    story.staged(4)
+    assert story.sent(3) == [], "it accepts when its cut has been entered"
+    story.off(1)
+    cut = story.sent_one(1, messages.Freeze)
+    assert (cut.cookie, cut.gather_ms) == ((20,), 1000)
+    story.off(2)
+    story.frozen(1, 20)
+    story.gathered(1, b"j1")
+    assert kinds(story.sent(3)) == ["Enter", "AcceptOn"]
+    assert not story.sent(1), "the other cut has not been entered"
+    assert story.standing(10) == (1, Standing.SERVED)
+    story.frozen(2, 21)
+    story.gathered(2, b"j2")
+    assert kinds(story.sent(4)) == ["Enter", "AcceptOn"]
+    batch = story.sent_one(1, messages.Freeze)
+    assert (batch.cookie, batch.gather_ms) == ((10, 11, 12, 13), 0)
+    story.adopted(3, 20)
+    story.adopted(4, 21)
+    story.frozen(1, *batch.cookie, batch=batch.batch, kind=Kind.HTTP)
+    for worker in (3, 4):
+        given = [entry.cookie for entry in story.machine.ledger.of(worker) if entry.kind is Kind.HTTP]
+        assert len(given) == 2, "HTTP goes to the least loaded"
+        story.adopted(worker, *given)
+    assert (story.result.outcome, story.result.moved) == (Outcome.DONE, 6)
+
+
+def test_auto_without_http_is_together_and_with_http_alone_still_shares() -> None:
+    """An empty cut is asked for too: the shared state travels with it, and HTTP finds it there."""
+    story = Story()
+    story.lend(1, 10, kind=Kind.HTTP)
+    story.reload(move="auto")
+    story.all_ready()
+    story.staged(2)
+    story.off(1)
+    cut = story.sent_one(1, messages.Freeze)
+    assert (cut.cookie, cut.gather_ms) == ((), 1000)
+    story.gathered(1, b"j{}")
+    assert story.sent_one(2, messages.Enter).shared == (b"j{}",)
+    assert story.sent_one(1, messages.Freeze).cookie == (10,)
+
+
+def test_a_cut_that_dies_with_its_worker_holds_up_no_http() -> None:
+    """A worker that is killed before it has gathered is waited for no longer."""
+    story = to_auto()
+    story.staged(3)
+    story.staged(4)
+    story.off(1)
+    story.off(2)
+    story.frozen(1, 20)
+    story.gathered(1)
+    story.dies(2)
+    assert story.sent_one(1, messages.Freeze).cookie == (10, 11, 12, 13)
+
+
+def test_http_that_became_a_websocket_while_it_was_staged_is_of_the_cut() -> None:
+    """It is built anew where its worker's cut goes, and its other copy is closed."""
+    story = to_auto()
+    elsewhere = next(c for c in (10, 11, 12, 13) if story.machine.ledger.entries[c].moving.staged_in == 4)
+    story.became(1, elsewhere, Kind.WEBSOCKET)
+    story.staged(3)
+    story.staged(4)
+    story.off(1)
+    assert story.sent_one(1, messages.Freeze).cookie == (elsewhere, 20)
+    story.frozen(1, elsewhere, 20, kind=Kind.WEBSOCKET)
+    assert kinds(story.sent(3)) == ["Stage", "Thaw"]
+    assert story.sent_one(3, messages.Stage).cookie == (elsewhere,)
+    assert story.sent(4) == [messages.Drop(cookie=(elsewhere,))]
+
+
+def test_http_that_became_a_websocket_in_the_queue_follows_as_a_straggler() -> None:
+    """Its record says what it is: it goes to the cut of its worker, alone."""
+    story = to_auto()
+    story.staged(3)
+    story.staged(4)
+    story.off(1)
+    story.off(2)
+    story.frozen(1, 20)
+    story.gathered(1)
+    elsewhere = next(c for c in (10, 11, 12, 13) if story.machine.ledger.entries[c].moving.staged_in == 4)
+    story.became(1, elsewhere, Kind.WEBSOCKET)
+    story.frozen(2, 21)
+    story.gathered(2)
+    assert elsewhere in story.sent_one(1, messages.Freeze).cookie
+    story.frozen(1, elsewhere, kind=Kind.WEBSOCKET)
+    assert kinds(story.sent(3)) == ["Stage", "Thaw", "Enter"]
+    assert story.sent(4) == [messages.Drop(cookie=(elsewhere,))]
+
+
+def test_a_stream_that_ends_in_the_cut_moves_with_it() -> None:
+    """What was of the cut when it was closed is entered with it, whatever it became."""
+    story = Story()
+    story.lend(1, 10, kind=Kind.STREAM)
+    story.reload(move="auto")
+    story.all_ready()
+    story.staged(2)
+    story.off(1)
+    story.became(1, 10, Kind.HTTP)
+    story.frozen(1, 10, kind=Kind.HTTP)
+    assert story.sent_one(2, messages.Thaw).flags == (RecordFlag.CUT,)
+
+
+# ---- what a connection is served as
+
+
+def test_what_a_connection_became_counts_if_its_worker_dies() -> None:
+    """The word of a worker that was killed since is the newest."""
+    story = Story()
+    story.lend(1, 10, kind=Kind.HTTP)
+    story.machine.holdings.kill(1)
+    story.became(1, 10, Kind.WEBSOCKET)
+    story.handle(Died(1, "was killed by SIGKILL", {10: messages.Record()}))
+    (spawn,) = story.of(events.Spawn)
+    story.says(spawn.worker, READY)
+    assert story.sent_one(spawn.worker, messages.Thaw).kind == (Kind.WEBSOCKET,)
 
 
 # ---- the replacement fails before the move

@@ -177,6 +177,9 @@ class Ledger:
         passage = self.entries[cookie].moving
         passage.staged_in, passage.since_s = passage.staged_in or worker, self.now_s
 
+    def unstage(self, cookie: int) -> None:
+        self.entries[cookie].moving.staged_in = 0
+
     def freeze(self, cookie: int) -> int:
         """Return the epoch at which its owner is asked to stop."""
         entry = self._owned_by(self.entries[cookie].owner, cookie, Standing.SERVED, Standing.THAWING)
