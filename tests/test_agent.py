@@ -541,6 +541,62 @@ def test_a_push_is_delivered_where_the_connection_is() -> None:
 # ---- the end of a move, the end of the worker
 
 
+def retiring(*cookies: int) -> Agent:
+    agent = serving(*cookies)
+    agent.handle(messages.Commit(drain_ms=1000))
+    return agent
+
+
+def test_a_retiring_worker_cedes_what_it_kept() -> None:
+    """It waits here, frozen, until it is dropped."""
+    agent = retiring(1, 2)
+    assert agent.may_cede
+    (message,) = sent(agent.ceded(records_of(1)))
+    assert isinstance(message, messages.Cede)
+    assert (message.cookie, message.epoch, message.state) == ((1,), (0,), (b"1",))
+    assert standings(agent) == {1: Standing.FROZEN, 2: Standing.SERVING}
+    assert one(agent.handle(messages.Drop(cookie=(1,))), effects.Discard).cookies == (1,)
+
+
+def test_what_came_back_is_not_ceded_again() -> None:
+    """Nobody else can serve it: it would go to and fro."""
+    agent = retiring(1)
+    agent.ceded(records_of(1))
+    assert not agent.is_cedable(1)
+    agent.handle(thaw(1, flags=RecordFlag.UNSERVED))
+    agent.handle(messages.Enter(cut=False))
+    assert standings(agent) == {1: Standing.SERVING}
+    assert not agent.is_cedable(1)
+    with pytest.raises(IllegalEvent, match="cannot be ceded"):
+        agent.ceded(records_of(1))
+
+
+def test_only_who_retires_and_has_a_holder_may_cede() -> None:
+    """Not who serves, not who stops, and nobody while there is none to pass it on."""
+    agent = serving(1)
+    assert not agent.may_cede
+    agent.handle(messages.Commit(drain_ms=1000))
+    assert agent.is_cedable(1)
+    assert not agent.is_cedable(9)
+    agent.orphaned()
+    assert not agent.may_cede
+    agent.recalled({}, {1: 0})
+    assert agent.is_cedable(1)
+    agent.handle(messages.Stop(drain_ms=1000))
+    assert not agent.may_cede
+    stopping = serving(1)
+    stopping.handle(messages.Stop(drain_ms=1000))
+    assert not stopping.may_cede
+
+
+def test_the_drain_limit_forgets_nothing_that_was_ceded() -> None:
+    """A second commit: what was ceded since the first may still come back."""
+    agent = retiring(1)
+    agent.ceded(records_of(1))
+    assert none(agent.handle(messages.Commit(drain_ms=0)), effects.Discard)
+    agent.handle(thaw(1, flags=RecordFlag.UNSERVED))
+
+
 def mixed() -> Agent:
     """Worker with one served, one frozen and one staged connection."""
     agent = serving(1, 2)

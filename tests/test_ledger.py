@@ -197,10 +197,10 @@ def test_an_ending_in_peace_leaves_nothing() -> None:
 
 
 def test_an_ending_names_all_copies() -> None:
-    """The replacement's staged one, and the origin's frozen one, never the owner's own."""
+    """The replacement's staged one, and the origin's frozen one, never that of who serves it."""
     assert freezing().release(ONE, C).copies_in == (TWO,)
     assert adopted().release(TWO, C).copies_in == (ONE,)
-    assert set(parked().lose(C).copies_in) == {TWO}
+    assert set(parked().lose(C).copies_in) == {ONE, TWO}
 
 
 def test_what_a_dead_worker_was_given_is_parked() -> None:
@@ -291,6 +291,9 @@ ILLEGAL: list[tuple[str, Callable[[], Ledger], Callable[[Ledger], object]]] = [
     ("another kind by another", lent, lambda it: it.became(TWO, C, Kind.HTTP)),
     ("another kind of what is parked", parked, lambda it: it.became(ONE, C, Kind.HTTP)),
     ("another kind of what was given", thawing, lambda it: it.became(TWO, C, Kind.HTTP)),
+    ("ceded by another", lent, lambda it: it.cede(TWO, C, RECORD)),
+    ("ceded while freezing", freezing, lambda it: it.cede(ONE, C, RECORD)),
+    ("a record where there is none", lent, lambda it: it.record_for(it.entries[C], ONE)),
     ("an unknown kind", lent, lambda it: it.check_kinds(ONE, [0, 4])),
     ("an unknown one checked", lent, lambda it: it.check(ONE, [99], [0], (Standing.SERVED,))),
 ]

@@ -66,6 +66,10 @@ class Story:
     def lend(self, worker: int, *cookies: int, listener: int = 0, kind: Kind = Kind.HANDLER) -> list[events.Effect]:
         return self.says(worker, lend_of(*cookies, listener=listener, kind=kind), [cookie + 1000 for cookie in cookies])
 
+    def cede(self, worker: int, cookie: int, epoch: int = 0) -> list[events.Effect]:
+        columns = messages.record_columns([messages.Record(schema=1, state=f"{cookie} by {worker}".encode())])
+        return self.says(worker, messages.Cede(cookie=(cookie,), epoch=(epoch,), **columns))
+
     def became(self, worker: int, cookie: int, kind: Kind, epoch: int = 0) -> list[events.Effect]:
         return self.says(worker, messages.Became(cookie=(cookie,), epoch=(epoch,), kind=(kind,)))
 
@@ -229,6 +233,7 @@ def every_message(worker: int) -> list[messages.Message]:
             messages.Adopted(pause_us=(0,), **at),
             messages.Refused(reason=(b"busy",), **at),
             messages.Frozen(batch=0, **at, **one),
+            messages.Cede(**at, **one),
         ]
     found.append(
         messages.Frozen(batch=0, cookie=(10, 10), epoch=(0, 0), **messages.record_columns([messages.Record()] * 2))
@@ -698,6 +703,159 @@ def test_a_stream_that_ends_in_the_cut_moves_with_it() -> None:
     story.became(1, 10, Kind.HTTP)
     story.frozen(1, 10, kind=Kind.HTTP)
     assert story.sent_one(2, messages.Thaw).flags == (RecordFlag.CUT,)
+
+
+# ---- what a retiring worker cedes
+
+
+def to_kept(*cookies: int) -> Story:
+    """Worker 1 retires and keeps these; worker 2 serves."""
+    story = Story()
+    story.to_moving(*cookies, move="rolling")
+    story.off(1)
+    for cookie in cookies:
+        story.refused(1, cookie, epoch=0)
+    story.expects(Phase.SERVING)
+    assert set(story.machine.holdings.kept) == set(cookies)
+    return story
+
+
+def test_what_is_ceded_is_served_by_the_generation_that_serves() -> None:
+    """It is built there from its record, and counts as kept no more; its ceder closes its copy once it is adopted."""
+    story = to_kept(10)
+    story.cede(1, 10)
+    assert kinds(story.sent(2)) == ["Stage", "Thaw", "Enter"]
+    assert story.sent_one(2, messages.Thaw).state == (b"10 by 1",)
+    assert not story.sent(1)
+    assert (story.machine.holdings.kept, story.machine.holdings.counters["ceded"]) == ({}, 1)
+    assert "ceded" in [note.event for note in story.of(events.Note)]
+    story.adopted(2, 10)
+    assert story.sent(1) == [messages.Drop(cookie=(10,))]
+    assert story.sent(2) == [messages.MoveOver()]
+    assert story.machine.ledger.entries[10].passage is None
+
+
+def test_what_nobody_else_can_read_goes_back_to_its_ceder() -> None:
+    """Its coroutine there still waits, and goes on; it is kept again, with the reason."""
+    story = to_kept(10)
+    story.cede(1, 10)
+    story.refused(2, 10, epoch=1, reason=b"no such schema")
+    assert story.sent_one(1, messages.Thaw).flags == (RecordFlag.UNSERVED,)
+    assert not story.of(events.Reset)
+    story.adopted(1, 10, epoch=2)
+    assert story.sent(1) == [], "move_over would forget what else it has ceded"
+    assert story.standing(10) == (1, Standing.SERVED)
+    assert story.machine.holdings.kept == {10: "no such schema"}
+
+
+def test_what_nobody_can_read_and_whose_ceder_died_is_lost() -> None:
+    """Only then: its client is told."""
+    story = to_kept(10)
+    story.cede(1, 10)
+    story.dies(1)
+    story.refused(2, 10, epoch=1)
+    assert story.of(events.Reset) == [events.Reset(1010)]
+
+
+def test_a_ceder_may_die_and_who_was_given_it_too() -> None:
+    """The record is with the holder until somebody serves it."""
+    story = to_kept(10)
+    story.cede(1, 10)
+    story.dies(1)
+    story.dies(2)
+    (spawn,) = story.of(events.Spawn)
+    story.says(spawn.worker, READY)
+    assert story.sent_one(spawn.worker, messages.Thaw).state == (b"10 by 1",)
+    assert story.standing(10) == (spawn.worker, Standing.THAWING)
+
+
+def test_what_was_ceded_goes_back_exactly_if_who_was_given_it_died_before_the_stop() -> None:
+    """While all is stopping nobody else takes it: its ceder ends it, at its boundary."""
+    story = to_kept(10)
+    story.cede(1, 10)
+    story.handle(StopAsked(5.0))
+    story.dies(2)
+    assert kinds(story.sent(1)) == ["Thaw", "Enter"]
+    assert not story.of(events.Reset)
+
+
+def test_a_cede_that_crosses_the_stop_is_given_back() -> None:
+    """The worker had not heard of the stop."""
+    story = to_kept(10)
+    story.handle(StopAsked(5.0))
+    story.cede(1, 10)
+    assert story.sent_one(1, messages.Thaw).flags == (RecordFlag.UNSERVED,)
+
+
+def test_a_cede_before_the_move_waits_for_it() -> None:
+    """It is staged with all others; if the change is refused, who serves takes it, and its ceder still can."""
+    story = to_kept(10)
+    story.lend(2, 20)
+    story.reload(move="rolling")
+    story.all_ready()
+    story.expects(Phase.STAGING)
+    story.cede(1, 10)
+    assert kinds(story.sent(3)) == ["Stage"]
+    story.dies(3)
+    assert kinds(story.sent(2)) == ["AcceptOn", "Stage", "Thaw", "Enter"]
+    story.refused(2, 10, epoch=1)
+    assert story.sent_one(1, messages.Thaw).flags == (RecordFlag.UNSERVED,)
+
+
+def test_a_cede_in_a_move_goes_forward() -> None:
+    """The replacement gets it; that it can read nothing of a generation before rolls nothing back."""
+    story = to_kept(10)
+    story.reload(move="rolling", bake_s=30.0)
+    story.all_ready()
+    story.cede(1, 10)
+    story.expects(Phase.MOVING)
+    assert kinds(story.sent(3)) == ["Stage", "Thaw", "Enter"]
+    story.refused(3, 10, epoch=1)
+    assert kinds(story.sent(2)) == ["Stage", "Thaw", "Enter"], "the incumbent serves, too"
+    story.refused(2, 10, epoch=2)
+    assert kinds(story.sent(1)) == ["Thaw", "Enter"]
+    story.adopted(1, 10, epoch=3)
+    story.off(2)
+    story.expects(Phase.BAKING)
+    story.handle(TimerFired("change"))
+    assert (story.result.outcome, story.result.kept, story.result.moved) == (Outcome.DONE, 1, 0)
+    assert story.machine.holdings.kept == {10: "busy"}
+
+
+def test_what_a_bake_does_not_wait_for_holds_up_the_next_change() -> None:
+    """A connection that was ceded as the bake ended is adopted before the next move stages."""
+    story = to_kept(10)
+    story.reload(move="rolling", bake_s=30.0)
+    story.all_ready()
+    story.off(2)
+    story.expects(Phase.BAKING)
+    story.cede(1, 10)
+    story.handle(TimerFired("change"))
+    story.expects(Phase.SERVING)
+    story.reload(move="rolling")
+    story.all_ready()
+    story.expects(Phase.BOOTING)
+    story.adopted(3, 10)
+    story.expects(Phase.STAGING)
+
+
+def test_only_who_retires_may_cede() -> None:
+    """From a worker of the generation that serves it breaks the protocol; what a killed one had sent still counts."""
+    story = to_kept(10)
+    story.lend(2, 20)
+    with pytest.raises(IllegalEvent, match="worker 2 is ready and ceded"):
+        story.cede(2, 20)
+    story.machine.holdings.kill(1)
+    story.cede(1, 10)
+    assert kinds(story.sent(2)) == ["Stage", "Thaw", "Enter"]
+
+
+def test_a_ceded_connection_that_ends_takes_its_copy_along() -> None:
+    """Also one that is lost while nobody has it."""
+    story = to_kept(10)
+    story.cede(1, 10)
+    story.release(2, 10, epoch=1)
+    assert story.sent(1) == [messages.Drop(cookie=(10,))]
 
 
 # ---- what a connection is served as

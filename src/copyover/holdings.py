@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 ROOM = 0.95  # what was full accepts again below that share
 MAX_BACKOFF_S = 30.0
 HEALTHY_S = 10.0
+NOBODY_ELSE = "it was given up at a boundary, and nobody else could serve it"
 
 
 class Strength(enum.Enum):
@@ -331,7 +332,7 @@ class Holdings:
 
     def adopt(self, event: events.FromWorker) -> list[tuple[Entry, int]]:
         """
-        Note that the sender serves what it was given; returns it with its pause in us.
+        Note that the sender serves what it was given; returns it with its pause in us. Who had ceded it is relieved.
 
         Where a freeze has crossed the adoption nothing is returned: the answer to that follows.
 
@@ -343,16 +344,55 @@ class Holdings:
         self.ledger.check(event.worker, message.cookie, message.epoch, (Standing.THAWING, Standing.FREEZING))
         held: list[tuple[int, int, bytes]] = []
         served: list[tuple[Entry, int]] = []
+        copies: list[tuple[int, int]] = []
         for cookie, epoch, pause_us in zip(message.cookie, message.epoch, message.pause_us, strict=True):
             if self.ledger.is_late(cookie):
                 continue
             entry = self.ledger.adopt(event.worker, cookie, epoch)
             held += [(cookie, act, pushed) for act, pushed in entry.moving.pushed]
             entry.moving.pushed.clear()
+            copies += [(ceder, cookie) for ceder in self.ledger.relieve(entry)]
+            if self.is_retiring(cookie):
+                self.kept[cookie] = entry.moving.kept_because or NOBODY_ELSE
             if entry.standing is Standing.SERVED:
                 served.append((entry, pause_us))
         self.push(event.worker, held)
+        self.drop(copies)
         return served
+
+    def cede(self, event: events.FromWorker) -> list[Entry]:
+        """
+        A retiring worker gives up what it had kept; returned is what somebody else is to go on with.
+
+        Raises:
+            IllegalEvent: it does not retire, one is not its own, or is of an unknown kind.
+
+        """
+        message = messages.expect(event.message, messages.Cede)
+        worker = self.workers[event.worker]
+        if worker.strength not in (Strength.RETIRING, Strength.DYING):
+            raise IllegalEvent(f"worker {worker.id} is {worker.strength.value} and ceded connections")
+        self.ledger.check(worker.id, message.cookie, message.epoch, (Standing.SERVED,))
+        self.ledger.check_kinds(worker.id, message.kind)
+        ceded: list[Entry] = []
+        for cookie, record in zip(message.cookie, message.records(), strict=True):
+            if self.ledger.is_late(cookie):
+                continue
+            self.kept.pop(cookie, None)
+            entry = self.ledger.cede(worker.id, cookie, record)
+            if entry.listener in self.withdrawn:
+                self.close(cookie)
+            else:
+                ceded.append(entry)
+        self.counters["ceded"] += len(ceded)
+        self.note("ceded", worker=worker.id, generation=worker.generation, connections=len(ceded))
+        return ceded
+
+    def ceder(self, entry: Entry) -> int | None:
+        """Return the worker that ceded it and can go on with it, or None."""
+        passage = entry.moving
+        can = passage.is_ceded and self.is_alive(passage.origin) and passage.origin not in passage.unfit
+        return passage.origin if can else None
 
     def stage(self, target: int, entries: Iterable[Entry]) -> None:
         """Give a worker descriptors, so that it builds them, paused."""
@@ -423,6 +463,12 @@ class Holdings:
         """Whether a connection lives on in a generation that does not serve any more."""
         owner = self.workers.get(self.ledger.entries[cookie].owner)
         return owner is not None and owner.strength is Strength.RETIRING
+
+    def note_kept(self) -> None:
+        """Count what retiring generations serve; why is not known any more."""
+        for entry in self.ledger.entries.values():
+            if entry.standing is Standing.SERVED and self.is_retiring(entry.cookie):
+                self.kept.setdefault(entry.cookie, "it stayed in its generation before this holder came")
 
     def lose(self, cookie: int) -> None:
         """Nobody can serve it any more; its client is told."""

@@ -241,7 +241,7 @@ class Move:
                 self.kept[cookie] = entry.moving.kept_because or ""
             self._settled(cookie)
             copies += [(copy, cookie) for copy in self._ledger.forget_others(cookie)]
-        self.given_back += len(given_back)
+        self.given_back += sum(not entry.moving.is_ceded for entry in given_back)  # else it is none of the incumbent's
         self._holdings.drop(copies)
         self.place(given_back)
 
@@ -304,7 +304,7 @@ class Move:
                 continue
             preferred = [copy for copy in (self._route(entry), passage.staged_in, passage.origin) if copy in living]
             return preferred[0] if preferred else min(living, key=lambda worker: self._ledger.owned[worker])
-        return None
+        return self._holdings.ceder(entry) if any(sides) else None
 
     def _thaw(self, target: int, entries: list[Entry]) -> None:
         without_copy = [e for e in entries if target not in (e.moving.staged_in, e.moving.origin)]
@@ -327,15 +327,12 @@ class Move:
         self._holdings.drop(built)
 
     def _record_for(self, entry: Entry, target: int) -> messages.Record:
-        record = entry.moving.record
-        assert record is not None  # ledger.thaw has checked it
-        flags = record.flags & ~messages.RecordFlag.CUT
-        waits = self.has_cut and not self.is_backwards and target in self.replacements
-        if waits and not self._holdings.workers[target].has_entered:
-            flags |= messages.RecordFlag.CUT  # it waits for the cut, also where it missed its own incumbent's
-        if self._ledger.unserved(entry, target):
-            return messages.Record(flags=flags | messages.RecordFlag.UNSERVED, halted_ns=record.halted_ns)
-        return attrs.evolve(record, flags=flags) if flags != record.flags else record
+        record = self._ledger.record_for(entry, target)
+        is_cut = self.has_cut and not self.is_backwards and target in self.replacements
+        if is_cut and not self._holdings.workers[target].has_entered:
+            # It waits for the cut, also where it missed its own incumbent's.
+            return attrs.evolve(record, flags=record.flags | messages.RecordFlag.CUT)
+        return record
 
     # ---- settling
 
@@ -428,10 +425,10 @@ class Move:
         return not self.open and all(worker.is_off and self._holdings.is_alive(worker.id) for worker in present)
 
     def stalled(self) -> list[Worker]:
-        """Return those that owe an answer, the replacement's before the incumbent's."""
+        """Return those that owe an answer, the replacement's before all others."""
         owing = {self._ledger.entries[cookie].owner for cookie in self.open if cookie in self._ledger.entries}
         replacements = [w for w in self.living_replacements() if w.id in owing or not w.is_off]
-        return replacements or [worker for worker in self.living_incumbents() if worker.id in owing]
+        return replacements or self._holdings.living(owing)
 
     def turn_forward(self) -> None:
         """Rolling back, the incumbent died: who lives serves."""

@@ -69,6 +69,7 @@ class Seat:
     batch: int = 0
     is_cut: bool = False
     halted_ns: int = 0
+    was_ceded: bool = False  # if it came back nobody else can serve it: it stays
 
 
 class Agent:
@@ -91,6 +92,9 @@ class Agent:
         self._tombstones: set[int] = set()  # what has ended here since the move began
         self.is_committed = False  # told to serve, by other than a move that is still under way
         self.is_leaving = False
+        self._is_retiring = False  # by a commit
+        self._is_stopping = False
+        self._has_holder = True
 
     def handle(self, message: messages.Message, now_ns: int = 0) -> list[Effect]:
         """
@@ -366,6 +370,45 @@ class Agent:
                 late.append(cookie)
         return [Withdraw(tuple(late))] if late else []
 
+    # ---- ceding
+
+    @property
+    def may_cede(self) -> bool:
+        """Whether another generation serves, and somebody would pass on to it what is given up here."""
+        return self._is_retiring and self._has_holder and not self._is_stopping
+
+    def is_cedable(self, cookie: int) -> bool:
+        """Whether this connection may be given up once it is at a boundary; never twice."""
+        seat = self.seats.get(cookie)
+        return self.may_cede and seat is not None and seat.standing is Standing.SERVING and not seat.was_ceded
+
+    def ceded(self, records: Mapping[int, messages.Record]) -> list[Effect]:
+        """
+        Give these up, which were kept and have stopped at a boundary: who serves takes them.
+
+        Until ``Discard`` they wait here; if nobody else can serve one it comes back, by ``Restore`` with UNSERVED.
+
+        Raises:
+            IllegalEvent: one is not cedable.
+
+        """
+        for cookie in records:
+            if not self.is_cedable(cookie):
+                raise IllegalEvent(f"connection {cookie} cannot be ceded: {self.seats.get(cookie)}")
+        rows = [(cookie, record, self.seats[cookie]) for cookie, record in records.items()]
+        for _, record, seat in rows:
+            seat.standing, seat.kind, seat.was_ceded = Standing.FROZEN, messages.Kind(record.kind), True
+        return [
+            Send(
+                messages.Cede(
+                    cookie=tuple([cookie for cookie, _, _ in rows[cut]]),
+                    epoch=tuple([seat.epoch for _, _, seat in rows[cut]]),
+                    **messages.record_columns([record for _, record, _ in rows[cut]]),
+                )
+            )
+            for cut in messages.record_chunks(list(records.values()), messages.MAX_DESCRIPTORS)
+        ]
+
     # ---- thawing
 
     def _thaw(self, message: messages.Thaw, _: int) -> list[Effect]:
@@ -416,6 +459,7 @@ class Agent:
         Frozen and thawed connections wait: which of two workers serves them only a holder can say. A replacement that
         was given nothing yet is of no use to anybody.
         """
+        self._has_holder = False
         self._gathering = None
         self._waiting.clear()
         asked = (Standing.FREEZING, Standing.HALTED)
@@ -439,6 +483,7 @@ class Agent:
 
     def recalled(self, records: Mapping[int, messages.Record], listeners: Mapping[int, int]) -> list[Effect]:
         """A new holder asks for everything: *listeners* tells where each connection came from."""
+        self._has_holder = True
         self._acked = self._staged = 0
         self.unacked.clear()
         rows = [
@@ -461,8 +506,10 @@ class Agent:
     # ---- the end of a move, the end of the worker
 
     def _commit(self, message: messages.Commit, _: int) -> list[Effect]:
-        self.is_leaving = True
-        return [*self._forget_copies(), MoveEnds(), Retire(message.drain_ms / 1000)]
+        # The second one is the drain limit's: what was ceded since the first waits on, for a drop or a thaw.
+        forgotten = [] if self._is_retiring else self._forget_copies()
+        self.is_leaving = self._is_retiring = True
+        return [*forgotten, MoveEnds(), Retire(message.drain_ms / 1000)]
 
     def _move_over(self, _message: messages.MoveOver, _: int) -> list[Effect]:
         self.is_committed = True
@@ -478,7 +525,7 @@ class Agent:
         return [Discard(gone)] if gone else []
 
     def _stop(self, message: messages.Stop, _: int) -> list[Effect]:
-        self.is_leaving = True
+        self.is_leaving = self._is_stopping = True
         return [Accept(is_on=False), StopServing(message.drain_ms / 1000)]
 
     # ---- the table
