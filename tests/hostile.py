@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 MANY = 20_000
 
 
+READY = messages.Ready(application="x", loop="x", writes=1, reads=[1], shares=False, interface="handler")
+
+
 class Impostor:
     """The channel of a worker, and how far it has come."""
 
@@ -55,7 +58,7 @@ class Impostor:
         """Be a worker until connections are staged here."""
         self.hello()
         self.receive()
-        self.channel.send(messages.Ready(application="x", loop="x", writes=1, reads=[1], shares=False))
+        self.channel.send(READY)
         return messages.expect(self.receive().message, messages.Stage)
 
     def be_told_to_enter(self) -> messages.Thaw:
@@ -80,7 +83,7 @@ def packet_of(message: messages.Message, **header: int) -> bytes:
 
 
 def lend(*cookies: int) -> messages.Lend:
-    return messages.Lend(cookie=cookies, listener=(0,) * len(cookies))
+    return messages.Lend(cookie=cookies, listener=(0,) * len(cookies), kind=(0,) * len(cookies))
 
 
 def connection() -> tuple[socket.socket, int]:
@@ -173,7 +176,7 @@ def cookie_of_another(worker: Impostor) -> None:
 def connection_of_another(worker: Impostor) -> None:
     worker.hello()
     worker.receive()
-    worker.channel.send(messages.Ready(application="x", loop="x", writes=1, reads=[1], shares=False))
+    worker.channel.send(READY)
     staged = worker.receive()
     cookies = messages.expect(staged.message, messages.Stage).cookie
     worker.channel.send(lend(cookies[0]), staged.descriptors[:1])
@@ -195,7 +198,13 @@ def same_connection_again(worker: Impostor) -> None:
 def unknown_listener(worker: Impostor) -> None:
     worker.be_ready()
     sock, cookie = connection()
-    worker.channel.send(messages.Lend(cookie=(cookie,), listener=(7,)), [sock.fileno()])
+    worker.channel.send(messages.Lend(cookie=(cookie,), listener=(7,), kind=(0,)), [sock.fileno()])
+
+
+def unknown_kind(worker: Impostor) -> None:
+    worker.be_ready()
+    sock, cookie = connection()
+    worker.channel.send(messages.Lend(cookie=(cookie,), listener=(0,), kind=(4,)), [sock.fileno()])
 
 
 def unsealed_body(worker: Impostor) -> None:
@@ -227,7 +236,7 @@ def sparse_body(worker: Impostor) -> None:
 
 def ready_twice(worker: Impostor) -> None:
     worker.be_ready()
-    worker.channel.send(messages.Ready(application="x", loop="x", writes=1, reads=[1], shares=False))
+    worker.channel.send(READY)
 
 
 def hello_twice(worker: Impostor) -> None:
@@ -238,7 +247,7 @@ def hello_twice(worker: Impostor) -> None:
 def odd_schemas(worker: Impostor) -> None:
     worker.hello()
     worker.receive()
-    worker.channel.send(messages.Ready(application="x", loop="x", writes=1, reads=["1"], shares=False))  # type: ignore[list-item]  # that is the way
+    worker.channel.send(attrs.evolve(READY, reads=["1"]))  # type: ignore[list-item]  # that is the way
 
 
 def too_many_staged(worker: Impostor) -> None:

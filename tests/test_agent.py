@@ -8,7 +8,7 @@ import pytest
 
 from copyover import messages
 from copyover.errors import IllegalEvent
-from copyover.messages import Record, RecordFlag
+from copyover.messages import Kind, Record, RecordFlag
 from copyover.worker import effects
 from copyover.worker.agent import Agent, Standing
 
@@ -20,7 +20,7 @@ E = TypeVar("E")
 
 def serving(*cookies: int) -> Agent:
     agent = Agent()
-    agent.accepted(cookies, 0)
+    agent.accepted(cookies, 0, Kind.HANDLER)
     return agent
 
 
@@ -30,9 +30,9 @@ def staged(*cookies: int) -> Agent:
     return agent
 
 
-def thawed(*cookies: int, flags: int = 0, epoch: int = 1) -> Agent:
+def thawed(*cookies: int, flags: int = 0, epoch: int = 1, kind: int = 0) -> Agent:
     agent = staged(*cookies)
-    agent.handle(thaw(*cookies, flags=flags, epoch=epoch))
+    agent.handle(thaw(*cookies, flags=flags, epoch=epoch, kind=kind))
     return agent
 
 
@@ -41,8 +41,8 @@ def freeze(*cookies: int, batch: int = 1, gather_ms: int = 0, more: bool = False
     return messages.Freeze(batch=batch, more=more, gather_ms=gather_ms, wait_ms=5000, cookie=cookies, epoch=epochs)
 
 
-def thaw(*cookies: int, flags: int = 0, epoch: int = 1, halted_ns: int = 0) -> messages.Thaw:
-    records = [Record(flags=flags, halted_ns=halted_ns, state=b"x")] * len(cookies)
+def thaw(*cookies: int, flags: int = 0, epoch: int = 1, halted_ns: int = 0, kind: int = 0) -> messages.Thaw:
+    records = [Record(kind=kind, flags=flags, halted_ns=halted_ns, state=b"x")] * len(cookies)
     return messages.Thaw(cookie=cookies, epoch=(epoch,) * len(cookies), **messages.record_columns(records))
 
 
@@ -91,7 +91,7 @@ def test_what_is_accepted_is_lent_before_anything_else() -> None:
     """The lend is the first effect; the descriptors go with it, at most as many as one message carries."""
     agent = Agent()
     cookies = list(range(300))
-    found = agent.accepted(cookies, 2)
+    found = agent.accepted(cookies, 2, Kind.HTTP)
     assert [effect.cookies for effect in found if isinstance(effect, effects.Send)] == [
         tuple(cookies[: messages.MAX_DESCRIPTORS]),
         tuple(cookies[messages.MAX_DESCRIPTORS :]),
@@ -107,9 +107,48 @@ def test_lends_are_remembered_until_acknowledged() -> None:
     assert agent.handle(messages.LendAck(total=2)) == []
     assert list(agent.unacked) == [3]
     agent.handle(messages.LendAck(total=3))
-    agent.accepted([4], 0)
+    agent.accepted([4], 0, Kind.HANDLER)
     agent.handle(messages.LendAck(total=4))
     assert not agent.unacked
+
+
+def test_the_holder_is_told_once_what_a_connection_became() -> None:
+    """Of what is served, also while it is asked to stop; not what it is already, and not what its record tells."""
+    agent = serving(1, 2, 3)
+    agent.handle(freeze(2))
+    found = agent.became({1: Kind.HTTP, 2: Kind.WEBSOCKET, 3: Kind.HANDLER, 9: Kind.HTTP})
+    assert sent(found) == [messages.Became(cookie=(1, 2), epoch=(0, 0), kind=(Kind.HTTP, Kind.WEBSOCKET))]
+    assert agent.became({1: Kind.HTTP}) == []
+    assert none(staged(1).became({1: Kind.HTTP}), effects.Send)
+
+
+def test_a_new_holder_hears_the_kind_of_what_is_served() -> None:
+    """Of what was accepted, of what came with a record, and of what became something else."""
+    agent = thawed(1, kind=Kind.STREAM)
+    agent.handle(messages.Enter(cut=False))
+    agent.accepted([2, 3], 0, Kind.HTTP)
+    agent.became({3: Kind.WEBSOCKET})
+    view = one(sent(agent.recalled({}, dict.fromkeys((1, 2, 3), 0))), messages.View)
+    assert view.kind == (Kind.STREAM, Kind.HTTP, Kind.WEBSOCKET)
+
+
+def test_what_comes_back_unserved_is_what_it_was() -> None:
+    """The record of such a thaw is empty: the seat knows the kind."""
+    agent = Agent()
+    agent.accepted([1], 0, Kind.WEBSOCKET)
+    agent.handle(freeze(1))
+    agent.halted(1, [1])
+    agent.exported(effects.Export(1, (1,), is_cut=False), {1: Record(kind=Kind.WEBSOCKET)}, {})
+    agent.handle(thaw(1, flags=RecordFlag.UNSERVED))
+    assert agent.seats[1].kind is Kind.WEBSOCKET
+
+
+def test_an_unknown_kind_is_not_thawed() -> None:
+    """The whole batch is refused: nothing of it is believed."""
+    agent = staged(1)
+    with pytest.raises(IllegalEvent, match="as 4, which is no kind"):
+        agent.handle(thaw(1, kind=4))
+    assert standings(agent) == {1: Standing.STAGED}
 
 
 @pytest.mark.parametrize("total", [0, 4])
@@ -326,7 +365,7 @@ def test_a_gather_timer_whose_cut_is_closed_does_nothing() -> None:
     agent.handle(freeze(1, batch=1, gather_ms=700))
     agent.exported(one(agent.halted(1, [1]), effects.Export), records_of(1), {}, None)
     assert agent.timer("gather 1") == []
-    agent.accepted([2], 0)
+    agent.accepted([2], 0, Kind.HANDLER)
     agent.handle(freeze(2, batch=2, gather_ms=700))
     agent.halted(2, [])
     assert agent.timer("gather 1") == []
@@ -500,6 +539,62 @@ def test_a_push_is_delivered_where_the_connection_is() -> None:
 
 
 # ---- the end of a move, the end of the worker
+
+
+def retiring(*cookies: int) -> Agent:
+    agent = serving(*cookies)
+    agent.handle(messages.Commit(drain_ms=1000))
+    return agent
+
+
+def test_a_retiring_worker_cedes_what_it_kept() -> None:
+    """It waits here, frozen, until it is dropped."""
+    agent = retiring(1, 2)
+    assert agent.may_cede
+    (message,) = sent(agent.ceded(records_of(1)))
+    assert isinstance(message, messages.Cede)
+    assert (message.cookie, message.epoch, message.state) == ((1,), (0,), (b"1",))
+    assert standings(agent) == {1: Standing.FROZEN, 2: Standing.SERVING}
+    assert one(agent.handle(messages.Drop(cookie=(1,))), effects.Discard).cookies == (1,)
+
+
+def test_what_came_back_is_not_ceded_again() -> None:
+    """Nobody else can serve it: it would go to and fro."""
+    agent = retiring(1)
+    agent.ceded(records_of(1))
+    assert not agent.is_cedable(1)
+    agent.handle(thaw(1, flags=RecordFlag.UNSERVED))
+    agent.handle(messages.Enter(cut=False))
+    assert standings(agent) == {1: Standing.SERVING}
+    assert not agent.is_cedable(1)
+    with pytest.raises(IllegalEvent, match="cannot be ceded"):
+        agent.ceded(records_of(1))
+
+
+def test_only_who_retires_and_has_a_holder_may_cede() -> None:
+    """Not who serves, not who stops, and nobody while there is none to pass it on."""
+    agent = serving(1)
+    assert not agent.may_cede
+    agent.handle(messages.Commit(drain_ms=1000))
+    assert agent.is_cedable(1)
+    assert not agent.is_cedable(9)
+    agent.orphaned()
+    assert not agent.may_cede
+    agent.recalled({}, {1: 0})
+    assert agent.is_cedable(1)
+    agent.handle(messages.Stop(drain_ms=1000))
+    assert not agent.may_cede
+    stopping = serving(1)
+    stopping.handle(messages.Stop(drain_ms=1000))
+    assert not stopping.may_cede
+
+
+def test_the_drain_limit_forgets_nothing_that_was_ceded() -> None:
+    """A second commit: what was ceded since the first may still come back."""
+    agent = retiring(1)
+    agent.ceded(records_of(1))
+    assert none(agent.handle(messages.Commit(drain_ms=0)), effects.Discard)
+    agent.handle(thaw(1, flags=RecordFlag.UNSERVED))
 
 
 def mixed() -> Agent:

@@ -322,13 +322,30 @@ def test_no_holder_is_exit_6_and_status_says_who_serves(copyover_server: Servers
         assert client.ask(b"x\n") == b"x\n"
         [row] = server.connections()
         host, port = client.socket.getsockname()
-        assert row["peer"] == f"{host}:{port}"
+        assert (row["peer"], row["kind"]) == (f"{host}:{port}", "handler")
     env = {**os.environ, "COPYOVER_RUNTIME_DIR": str(server.directory), "COPYOVER_NAME": server.name}
     assert "ready" in run("status", env=env, check=0).stdout
     assert run("connections", env=env, check=0).stderr == ""
     done = run("reload", env=env, check=0)
     assert done.stdout == ""
     assert "generation 2 serves: " in done.stderr
+
+
+def test_what_keeps_a_retiring_generation_is_told_in_full(copyover_server: Servers) -> None:
+    """By kind, reason and count in the status; to a pipe neither that nor a row of connections is cut off."""
+    server = copyover_server("handlers:never", chdir=str(APPS), config={"gather_s": 0.1, "boundary_s": 0.3})
+    with Client(server.address) as busy:
+        assert busy.ask(b"x\n") == b"busy\n"
+        assert server.reload().kept == 1
+        [row] = server.connections()
+        kept = {"kind": "handler", "reason": row["kept"], "connections": 1}
+        assert server.status()["retiring"] == [{"generation": 1, "kept": [kept]}]
+        env = {**os.environ, "COPYOVER_RUNTIME_DIR": str(server.directory), "COPYOVER_NAME": server.name}
+        told = run("status", env=env, check=0).stdout
+        assert f"  generation 1 retires, and keeps 1 handler: {row['kept']}\n" in told
+        listed = run("connections", env=env, check=0).stdout
+        assert listed.endswith(f"  served  {row['kept']}\n")
+        assert max(map(len, listed.splitlines())) > 80
 
 
 def test_status_is_0_only_while_somebody_serves(runtime: dict[str, str], tmp_path: Path) -> None:

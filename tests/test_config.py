@@ -32,7 +32,7 @@ def problem_of(file: str | None, flags: dict[str, Any]) -> ConfigError:
 def test_defaults_need_the_application_only() -> None:
     """One flag, and everything else has a value that serves."""
     made = config.load(None, APP)
-    assert (made.app, made.name, made.workers, made.move, made.loop) == ("chat:main", "default", 1, "together", "auto")
+    assert (made.app, made.name, made.workers, made.move, made.loop) == ("chat:main", "default", 1, "auto", "auto")
     assert [(address.host, address.port) for address in made.addresses] == [("127.0.0.1", 8000)]
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import pytest
 
 from copyover.errors import IllegalEvent
 from copyover.ledger import Entry, Ledger, Standing
-from copyover.messages import Record
+from copyover.messages import Kind, Record
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -196,10 +197,10 @@ def test_an_ending_in_peace_leaves_nothing() -> None:
 
 
 def test_an_ending_names_all_copies() -> None:
-    """The replacement's staged one, and the origin's frozen one, never the owner's own."""
+    """The replacement's staged one, and the origin's frozen one, never that of who serves it."""
     assert freezing().release(ONE, C).copies_in == (TWO,)
     assert adopted().release(TWO, C).copies_in == (ONE,)
-    assert set(parked().lose(C).copies_in) == {TWO}
+    assert set(parked().lose(C).copies_in) == {ONE, TWO}
 
 
 def test_what_a_dead_worker_was_given_is_parked() -> None:
@@ -233,6 +234,31 @@ def test_settle_forgets_the_move() -> None:
     assert ledger.release(TWO, C).copies_in == ()
 
 
+# ---- what it is served as
+
+
+def test_a_connection_is_of_the_kind_that_its_worker_says() -> None:
+    """Lent as one, it may become another while it is served or asked to stop, and its record has the last word."""
+    ledger = Ledger()
+    ledger.lend(ONE, C, 1010, 0, Kind.HTTP)
+    assert entry(ledger).kind is Kind.HTTP
+    ledger.became(ONE, C, Kind.STREAM)
+    assert entry(ledger).kind is Kind.STREAM
+    ledger.freeze(C)
+    ledger.became(ONE, C, Kind.HTTP)
+    assert entry(ledger).kind is Kind.HTTP
+    ledger.frozen(ONE, C, 0, attrs.evolve(RECORD, kind=Kind.WEBSOCKET))
+    assert entry(ledger).kind is Kind.WEBSOCKET
+
+
+def test_a_slot_does_not_tell_the_kind_the_ledger_does() -> None:
+    """What a killed WebSocket worker left goes on as a WebSocket."""
+    ledger = Ledger()
+    ledger.lend(ONE, C, 1010, 0, Kind.WEBSOCKET)
+    recovered = ledger.recover(C, RECORD).moving.record
+    assert recovered == attrs.evolve(RECORD, kind=Kind.WEBSOCKET)
+
+
 # ---- what is illegal
 
 
@@ -262,6 +288,13 @@ ILLEGAL: list[tuple[str, Callable[[], Ledger], Callable[[Ledger], object]]] = [
     ("checked at another epoch", lent, lambda it: it.check(ONE, [C], [1], (Standing.SERVED,))),
     ("checked in another standing", lent, lambda it: it.check(ONE, [C], [0], (Standing.FREEZING,))),
     ("checked twice in one message", lent, lambda it: it.check(ONE, [C, C], [0, 0], (Standing.SERVED,))),
+    ("another kind by another", lent, lambda it: it.became(TWO, C, Kind.HTTP)),
+    ("another kind of what is parked", parked, lambda it: it.became(ONE, C, Kind.HTTP)),
+    ("another kind of what was given", thawing, lambda it: it.became(TWO, C, Kind.HTTP)),
+    ("ceded by another", lent, lambda it: it.cede(TWO, C, RECORD)),
+    ("ceded while freezing", freezing, lambda it: it.cede(ONE, C, RECORD)),
+    ("a record where there is none", lent, lambda it: it.record_for(it.entries[C], ONE)),
+    ("an unknown kind", lent, lambda it: it.check_kinds(ONE, [0, 4])),
     ("an unknown one checked", lent, lambda it: it.check(ONE, [99], [0], (Standing.SERVED,))),
 ]
 

@@ -14,7 +14,7 @@ from copyover.errors import IllegalEvent
 from copyover.events import Died, FromWorker, Outcome, StopAsked, TimerFired
 from copyover.holdings import MAX_BACKOFF_S, Holdings, Strength
 from copyover.ledger import Ledger, Standing
-from copyover.messages import RecordFlag
+from copyover.messages import Kind, RecordFlag
 from copyover.move import ROLLING_BATCH, Move
 from copyover.parking import Parking
 from copyover.reload import Machine
@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 E = TypeVar("E")
 M = TypeVar("M", bound=messages.Message)
 
-READY = messages.Ready(application="app:main", loop="asyncio", writes=1, reads=[1], shares=False)
+READY = messages.Ready(application="app:main", loop="asyncio", writes=1, reads=[1], shares=False, interface="handler")
+
+
+def lend_of(*cookies: int, listener: int = 0, kind: Kind = Kind.HANDLER) -> messages.Lend:
+    return messages.Lend(cookie=cookies, listener=(listener,) * len(cookies), kind=(kind,) * len(cookies))
 
 
 class Story:
@@ -59,9 +63,15 @@ class Story:
         for worker in [w.id for w in self.machine.holdings.workers.values() if w.strength is Strength.BOOTING]:
             self.says(worker, READY)
 
-    def lend(self, worker: int, *cookies: int, listener: int = 0) -> list[events.Effect]:
-        message = messages.Lend(cookie=cookies, listener=(listener,) * len(cookies))
-        return self.says(worker, message, [cookie + 1000 for cookie in cookies])
+    def lend(self, worker: int, *cookies: int, listener: int = 0, kind: Kind = Kind.HANDLER) -> list[events.Effect]:
+        return self.says(worker, lend_of(*cookies, listener=listener, kind=kind), [cookie + 1000 for cookie in cookies])
+
+    def cede(self, worker: int, cookie: int, epoch: int = 0) -> list[events.Effect]:
+        columns = messages.record_columns([messages.Record(schema=1, state=f"{cookie} by {worker}".encode())])
+        return self.says(worker, messages.Cede(cookie=(cookie,), epoch=(epoch,), **columns))
+
+    def became(self, worker: int, cookie: int, kind: Kind, epoch: int = 0) -> list[events.Effect]:
+        return self.says(worker, messages.Became(cookie=(cookie,), epoch=(epoch,), kind=(kind,)))
 
     def release(self, worker: int, cookie: int, epoch: int = 0) -> list[events.Effect]:
         how = (messages.How.CLOSED,)
@@ -70,8 +80,10 @@ class Story:
     def staged(self, worker: int) -> list[events.Effect]:
         return self.says(worker, messages.Staged(total=self.machine.holdings.workers[worker].staged))
 
-    def frozen(self, worker: int, *cookies: int, epoch: int = 0, batch: int = 0) -> list[events.Effect]:
-        records = [messages.Record(schema=1, state=f"{cookie} by {worker}".encode()) for cookie in cookies]
+    def frozen(
+        self, worker: int, *cookies: int, epoch: int = 0, batch: int = 0, kind: Kind = Kind.HANDLER
+    ) -> list[events.Effect]:
+        records = [messages.Record(kind, schema=1, state=f"{cookie} by {worker}".encode()) for cookie in cookies]
         epochs = (epoch,) * len(cookies)
         columns = messages.record_columns(records)
         return self.says(worker, messages.Frozen(batch=batch, cookie=cookies, epoch=epochs, **columns))
@@ -216,9 +228,12 @@ def every_message(worker: int) -> list[messages.Message]:
         at: dict[str, Any] = {"cookie": (cookie,), "epoch": (epoch,)}
         found += [
             messages.Release(how=(0,), **at),
+            messages.Became(kind=(1,), **at),
+            messages.Became(kind=(4,), **at),
             messages.Adopted(pause_us=(0,), **at),
             messages.Refused(reason=(b"busy",), **at),
             messages.Frozen(batch=0, **at, **one),
+            messages.Cede(**at, **one),
         ]
     found.append(
         messages.Frozen(batch=0, cookie=(10, 10), epoch=(0, 0), **messages.record_columns([messages.Record()] * 2))
@@ -229,10 +244,11 @@ def every_message(worker: int) -> list[messages.Message]:
 def every_event() -> list[events.Event]:
     from_workers = [FromWorker(worker, message) for worker in (1, 2, 99) for message in every_message(worker)]
     lends = [
-        FromWorker(worker, messages.Lend(cookie=cookies, listener=(0,) * len(cookies)), descriptors)
+        FromWorker(worker, lend_of(*cookies), descriptors)
         for worker in (1, 2, 99)
         for cookies, descriptors in (((20,), [1020]), ((10,), [1]), ((20, 20), [1, 2]), ((20, 21), [1]))
     ]
+    lends.append(FromWorker(1, attrs.evolve(lend_of(20), kind=(4,)), [1020]))
     timers = [TimerFired(name) for name in ("change", "stop", "healthy", "retire 1", "retire 2", "retire 99", "other")]
     asked = events.Reload(7, 9, 1, "together", 60.0)
     reloads = [asked, attrs.evolve(asked, is_remembered=True)]
@@ -568,6 +584,293 @@ def test_a_busy_batch_holds_up_no_other() -> None:
     first, _ = (message for message in story.sent(1) if isinstance(message, messages.Freeze))
     story.says(1, messages.Frozen(batch=first.batch))
     assert len(story.sent_one(1, messages.Freeze).cookie) == ROLLING_BATCH
+
+
+# ---- a reload, auto
+
+
+def to_auto(**wishes: Any) -> Story:
+    """Incumbents 1 (WebSocket 20, and 10 to 13 of HTTP) and 2 (WebSocket 21); replacements 3 and 4."""
+    story = Story(workers=2)
+    story.lend(1, 10, 11, 12, 13, kind=Kind.HTTP)
+    story.lend(1, 20, kind=Kind.WEBSOCKET)
+    story.lend(2, 21, kind=Kind.WEBSOCKET)
+    story.reload(move="auto", workers=2, **wishes)
+    story.all_ready()
+    return story
+
+
+def test_auto_moves_http_after_the_cut() -> None:
+    """All but HTTP is one cut; HTTP is served on meanwhile, and is frozen once every cut has been entered."""
+    story = to_auto()
+    story.staged(3)
+    story.staged(4)
+    assert story.sent(3) == [], "it accepts when its cut has been entered"
+    story.off(1)
+    cut = story.sent_one(1, messages.Freeze)
+    assert (cut.cookie, cut.gather_ms) == ((20,), 1000)
+    story.off(2)
+    story.frozen(1, 20)
+    story.gathered(1, b"j1")
+    assert kinds(story.sent(3)) == ["Enter", "AcceptOn"]
+    assert not story.sent(1), "the other cut has not been entered"
+    assert story.standing(10) == (1, Standing.SERVED)
+    story.frozen(2, 21)
+    story.gathered(2, b"j2")
+    assert kinds(story.sent(4)) == ["Enter", "AcceptOn"]
+    batch = story.sent_one(1, messages.Freeze)
+    assert (batch.cookie, batch.gather_ms) == ((10, 11, 12, 13), 0)
+    story.adopted(3, 20)
+    story.adopted(4, 21)
+    story.frozen(1, *batch.cookie, batch=batch.batch, kind=Kind.HTTP)
+    for worker in (3, 4):
+        given = [entry.cookie for entry in story.machine.ledger.of(worker) if entry.kind is Kind.HTTP]
+        assert len(given) == 2, "HTTP goes to the least loaded"
+        story.adopted(worker, *given)
+    assert (story.result.outcome, story.result.moved) == (Outcome.DONE, 6)
+
+
+def test_auto_without_http_is_together_and_with_http_alone_still_shares() -> None:
+    """An empty cut is asked for too: the shared state travels with it, and HTTP finds it there."""
+    story = Story()
+    story.lend(1, 10, kind=Kind.HTTP)
+    story.reload(move="auto")
+    story.all_ready()
+    story.staged(2)
+    story.off(1)
+    cut = story.sent_one(1, messages.Freeze)
+    assert (cut.cookie, cut.gather_ms) == ((), 1000)
+    story.gathered(1, b"j{}")
+    assert story.sent_one(2, messages.Enter).shared == (b"j{}",)
+    assert story.sent_one(1, messages.Freeze).cookie == (10,)
+
+
+def test_a_cut_that_dies_with_its_worker_holds_up_no_http() -> None:
+    """A worker that is killed before it has gathered is waited for no longer."""
+    story = to_auto()
+    story.staged(3)
+    story.staged(4)
+    story.off(1)
+    story.off(2)
+    story.frozen(1, 20)
+    story.gathered(1)
+    story.dies(2)
+    assert story.sent_one(1, messages.Freeze).cookie == (10, 11, 12, 13)
+
+
+def test_http_that_became_a_websocket_while_it_was_staged_is_of_the_cut() -> None:
+    """It is built anew where its worker's cut goes, and its other copy is closed."""
+    story = to_auto()
+    elsewhere = next(c for c in (10, 11, 12, 13) if story.machine.ledger.entries[c].moving.staged_in == 4)
+    story.became(1, elsewhere, Kind.WEBSOCKET)
+    story.staged(3)
+    story.staged(4)
+    story.off(1)
+    assert story.sent_one(1, messages.Freeze).cookie == (elsewhere, 20)
+    story.frozen(1, elsewhere, 20, kind=Kind.WEBSOCKET)
+    assert kinds(story.sent(3)) == ["Stage", "Thaw"]
+    assert story.sent_one(3, messages.Stage).cookie == (elsewhere,)
+    assert story.sent(4) == [messages.Drop(cookie=(elsewhere,))]
+
+
+def test_http_that_became_a_websocket_in_the_queue_follows_as_a_straggler() -> None:
+    """Its record says what it is: it goes to the cut of its worker, alone."""
+    story = to_auto()
+    story.staged(3)
+    story.staged(4)
+    story.off(1)
+    story.off(2)
+    story.frozen(1, 20)
+    story.gathered(1)
+    elsewhere = next(c for c in (10, 11, 12, 13) if story.machine.ledger.entries[c].moving.staged_in == 4)
+    story.became(1, elsewhere, Kind.WEBSOCKET)
+    story.frozen(2, 21)
+    story.gathered(2)
+    assert elsewhere in story.sent_one(1, messages.Freeze).cookie
+    story.frozen(1, elsewhere, kind=Kind.WEBSOCKET)
+    assert kinds(story.sent(3)) == ["Stage", "Thaw", "Enter"]
+    assert story.sent(4) == [messages.Drop(cookie=(elsewhere,))]
+
+
+def test_a_stream_that_ends_in_the_cut_moves_with_it() -> None:
+    """What was of the cut when it was closed is entered with it, whatever it became."""
+    story = Story()
+    story.lend(1, 10, kind=Kind.STREAM)
+    story.reload(move="auto")
+    story.all_ready()
+    story.staged(2)
+    story.off(1)
+    story.became(1, 10, Kind.HTTP)
+    story.frozen(1, 10, kind=Kind.HTTP)
+    assert story.sent_one(2, messages.Thaw).flags == (RecordFlag.CUT,)
+
+
+# ---- what a retiring worker cedes
+
+
+def to_kept(*cookies: int) -> Story:
+    """Worker 1 retires and keeps these; worker 2 serves."""
+    story = Story()
+    story.to_moving(*cookies, move="rolling")
+    story.off(1)
+    for cookie in cookies:
+        story.refused(1, cookie, epoch=0)
+    story.expects(Phase.SERVING)
+    assert set(story.machine.holdings.kept) == set(cookies)
+    return story
+
+
+def test_what_is_ceded_is_served_by_the_generation_that_serves() -> None:
+    """It is built there from its record, and counts as kept no more; its ceder closes its copy once it is adopted."""
+    story = to_kept(10)
+    story.cede(1, 10)
+    assert kinds(story.sent(2)) == ["Stage", "Thaw", "Enter"]
+    assert story.sent_one(2, messages.Thaw).state == (b"10 by 1",)
+    assert not story.sent(1)
+    assert (story.machine.holdings.kept, story.machine.holdings.counters["ceded"]) == ({}, 1)
+    assert "ceded" in [note.event for note in story.of(events.Note)]
+    story.adopted(2, 10)
+    assert story.sent(1) == [messages.Drop(cookie=(10,))]
+    assert story.sent(2) == [messages.MoveOver()]
+    assert story.machine.ledger.entries[10].passage is None
+
+
+def test_what_nobody_else_can_read_goes_back_to_its_ceder() -> None:
+    """Its coroutine there still waits, and goes on; it is kept again, with the reason."""
+    story = to_kept(10)
+    story.cede(1, 10)
+    story.refused(2, 10, epoch=1, reason=b"no such schema")
+    assert story.sent_one(1, messages.Thaw).flags == (RecordFlag.UNSERVED,)
+    assert not story.of(events.Reset)
+    story.adopted(1, 10, epoch=2)
+    assert story.sent(1) == [], "move_over would forget what else it has ceded"
+    assert story.standing(10) == (1, Standing.SERVED)
+    assert story.machine.holdings.kept == {10: "no such schema"}
+
+
+def test_what_nobody_can_read_and_whose_ceder_died_is_lost() -> None:
+    """Only then: its client is told."""
+    story = to_kept(10)
+    story.cede(1, 10)
+    story.dies(1)
+    story.refused(2, 10, epoch=1)
+    assert story.of(events.Reset) == [events.Reset(1010)]
+
+
+def test_a_ceder_may_die_and_who_was_given_it_too() -> None:
+    """The record is with the holder until somebody serves it."""
+    story = to_kept(10)
+    story.cede(1, 10)
+    story.dies(1)
+    story.dies(2)
+    (spawn,) = story.of(events.Spawn)
+    story.says(spawn.worker, READY)
+    assert story.sent_one(spawn.worker, messages.Thaw).state == (b"10 by 1",)
+    assert story.standing(10) == (spawn.worker, Standing.THAWING)
+
+
+def test_what_was_ceded_goes_back_exactly_if_who_was_given_it_died_before_the_stop() -> None:
+    """While all is stopping nobody else takes it: its ceder ends it, at its boundary."""
+    story = to_kept(10)
+    story.cede(1, 10)
+    story.handle(StopAsked(5.0))
+    story.dies(2)
+    assert kinds(story.sent(1)) == ["Thaw", "Enter"]
+    assert not story.of(events.Reset)
+
+
+def test_a_cede_that_crosses_the_stop_is_given_back() -> None:
+    """The worker had not heard of the stop."""
+    story = to_kept(10)
+    story.handle(StopAsked(5.0))
+    story.cede(1, 10)
+    assert story.sent_one(1, messages.Thaw).flags == (RecordFlag.UNSERVED,)
+
+
+def test_a_cede_before_the_move_waits_for_it() -> None:
+    """It is staged with all others; if the change is refused, who serves takes it, and its ceder still can."""
+    story = to_kept(10)
+    story.lend(2, 20)
+    story.reload(move="rolling")
+    story.all_ready()
+    story.expects(Phase.STAGING)
+    story.cede(1, 10)
+    assert kinds(story.sent(3)) == ["Stage"]
+    story.dies(3)
+    assert kinds(story.sent(2)) == ["AcceptOn", "Stage", "Thaw", "Enter"]
+    story.refused(2, 10, epoch=1)
+    assert story.sent_one(1, messages.Thaw).flags == (RecordFlag.UNSERVED,)
+
+
+def test_a_cede_in_a_move_goes_forward() -> None:
+    """The replacement gets it; that it can read nothing of a generation before rolls nothing back."""
+    story = to_kept(10)
+    story.reload(move="rolling", bake_s=30.0)
+    story.all_ready()
+    story.cede(1, 10)
+    story.expects(Phase.MOVING)
+    assert kinds(story.sent(3)) == ["Stage", "Thaw", "Enter"]
+    story.refused(3, 10, epoch=1)
+    assert kinds(story.sent(2)) == ["Stage", "Thaw", "Enter"], "the incumbent serves, too"
+    story.refused(2, 10, epoch=2)
+    assert kinds(story.sent(1)) == ["Thaw", "Enter"]
+    story.adopted(1, 10, epoch=3)
+    story.off(2)
+    story.expects(Phase.BAKING)
+    story.handle(TimerFired("change"))
+    assert (story.result.outcome, story.result.kept, story.result.moved) == (Outcome.DONE, 1, 0)
+    assert story.machine.holdings.kept == {10: "busy"}
+
+
+def test_what_a_bake_does_not_wait_for_holds_up_the_next_change() -> None:
+    """A connection that was ceded as the bake ended is adopted before the next move stages."""
+    story = to_kept(10)
+    story.reload(move="rolling", bake_s=30.0)
+    story.all_ready()
+    story.off(2)
+    story.expects(Phase.BAKING)
+    story.cede(1, 10)
+    story.handle(TimerFired("change"))
+    story.expects(Phase.SERVING)
+    story.reload(move="rolling")
+    story.all_ready()
+    story.expects(Phase.BOOTING)
+    story.adopted(3, 10)
+    story.expects(Phase.STAGING)
+
+
+def test_only_who_retires_may_cede() -> None:
+    """From a worker of the generation that serves it breaks the protocol; what a killed one had sent still counts."""
+    story = to_kept(10)
+    story.lend(2, 20)
+    with pytest.raises(IllegalEvent, match="worker 2 is ready and ceded"):
+        story.cede(2, 20)
+    story.machine.holdings.kill(1)
+    story.cede(1, 10)
+    assert kinds(story.sent(2)) == ["Stage", "Thaw", "Enter"]
+
+
+def test_a_ceded_connection_that_ends_takes_its_copy_along() -> None:
+    """Also one that is lost while nobody has it."""
+    story = to_kept(10)
+    story.cede(1, 10)
+    story.release(2, 10, epoch=1)
+    assert story.sent(1) == [messages.Drop(cookie=(10,))]
+
+
+# ---- what a connection is served as
+
+
+def test_what_a_connection_became_counts_if_its_worker_dies() -> None:
+    """The word of a worker that was killed since is the newest."""
+    story = Story()
+    story.lend(1, 10, kind=Kind.HTTP)
+    story.machine.holdings.kill(1)
+    story.became(1, 10, Kind.WEBSOCKET)
+    story.handle(Died(1, "was killed by SIGKILL", {10: messages.Record()}))
+    (spawn,) = story.of(events.Spawn)
+    story.says(spawn.worker, READY)
+    assert story.sent_one(spawn.worker, messages.Thaw).kind == (Kind.WEBSOCKET,)
 
 
 # ---- the replacement fails before the move

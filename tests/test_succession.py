@@ -27,7 +27,7 @@ from copyover.users import User
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-READY = messages.Ready(application="app:main", loop="asyncio", writes=1, reads=[1], shares=False)
+READY = messages.Ready(application="app:main", loop="asyncio", writes=1, reads=[1], shares=False, interface="handler")
 HELLO = messages.Hello(wire=[1, 1], record=[1, 1], copyover="0.1.0", python="3.11.2", pid=17, worker=1, instance="x")
 COUNTS = st.integers(0, 1 << 32)
 

@@ -62,7 +62,7 @@ def main() -> None:
 @click.option("--python", help="The release's interpreter; default CHDIR/.venv/bin/python, else this one.")
 @click.option("--chdir", help="The release's directory; a symlink is followed anew at each reload.")
 @click.option("--app-dir", help="Where modules are imported from, relative to CHDIR.")
-@click.option("--move", type=click.Choice(["together", "rolling"]), help="How connections move; default together.")
+@click.option("--move", type=click.Choice(["auto", "together", "rolling"]), help="How connections move; default auto.")
 @click.option(
     "--loop", type=click.Choice(["auto", "asyncio", "uvloop"]), help="The event loop; auto takes uvloop if there."
 )
@@ -133,7 +133,7 @@ def _here() -> Path:
     "--timeout", "timeout_s", type=click.FloatRange(min=0, min_open=True), help="Roll back after so many seconds."
 )
 @click.option("--no-wait", is_flag=True, help="Ask for it and return.")
-@click.option("--move", type=click.Choice(["together", "rolling"]), help="How connections move, this time.")
+@click.option("--move", type=click.Choice(["auto", "together", "rolling"]), help="How connections move, this time.")
 @click.option("--bake", "bake_s", type=click.FloatRange(min=0), help="Keep the incumbent ready so many seconds more.")
 @click.option("--health", metavar="COMMAND", help="Run while baking, again and again; a failure rolls back.")
 @click.option("--one-way", is_flag=True, help="Go on though the incumbent cannot read the new states.")

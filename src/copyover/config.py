@@ -59,7 +59,11 @@ class Config:
     python: str | None = _key("the release's interpreter; else .venv/bin/python, else the holder's own", default=None)
     chdir: str = _key("the release's directory; a symlink is followed anew at each reload", default=".")
     app_dir: str = _key("where modules are imported from, relative to chdir", default=".")
-    move: str = _key("how connections move", default="together", validator=in_(("together", "rolling")))
+    move: str = _key(
+        "how connections move: HTTP rolling and all else together, or all alike",
+        default="auto",
+        validator=in_(("auto", "together", "rolling")),
+    )
     loop: str = _key("the event loop", default="auto", validator=in_(("auto", "asyncio", "uvloop")))
     interface: str = _key(
         "what the application is: a handler of copyover's, or of a kind that uvicorn serves",

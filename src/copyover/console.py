@@ -11,6 +11,7 @@ import json
 import os
 import select
 import socket
+import sys
 from typing import TYPE_CHECKING, Any
 
 from copyover import directory as directories
@@ -18,7 +19,9 @@ from copyover.errors import HolderAbsent, PermissionRefused
 from copyover.sockets import connect_unix
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from rich.console import Console
 
 
 class Denied(PermissionRefused):
@@ -95,8 +98,7 @@ def progress_bar(*, is_shown: bool) -> Iterator[Callable[[dict[str, Any]], None]
 
 def show_status(found: dict[str, Any]) -> None:
     """Print ``status`` for people."""
-    from rich.console import Console  # noqa: PLC0415  # 40 ms that a pipe does not pay
-    from rich.table import Table  # noqa: PLC0415
+    from rich.console import Console  # noqa: PLC0415  # 40 ms that no other command pays
 
     screen = Console(soft_wrap=True)
     phase = found["phase"]
@@ -125,18 +127,29 @@ def show_status(found: dict[str, Any]) -> None:
         screen.print(f"  waits for {_in_words(blocking)}", highlight=False, markup=False)
         for line in blocking.get("last_lines", ()):
             screen.print(f"    | {line}", highlight=False, markup=False)
-    table = Table("worker", "pid", "generation", "state", "connections", "release", box=None)
-    for worker in found["workers"]:
-        release = worker["release"] or {}
-        cells = (worker["worker"], worker["pid"], worker["generation"], worker["state"], worker["connections"])
-        table.add_row(*map(str, cells), str(release.get("directory", "")))
-    screen.print(table)
+    _show_workers(found, screen)
     last = found["last_reload"]
     if last is not None:
         counts = ", ".join(f"{number} {what}" for what, number in last["connections"].items())
         screen.print(f"  last reload: {last['outcome']} ({counts})", highlight=False)
         if last["error"]:
             screen.print(f"  {last['error']}", highlight=False, markup=False)
+
+
+def _show_workers(found: dict[str, Any], screen: Console) -> None:
+    for retiring in found["retiring"]:
+        for kept in retiring["kept"]:
+            why = f"{kept['connections']} {kept['kind']}: {kept['reason']}"
+            line = f"  generation {retiring['generation']} retires, and keeps {why}"
+            screen.print(line, highlight=False, markup=False)
+    columns = ("worker", "pid", "generation", "state", "connections")
+    _show_table(
+        (*columns, "release"),
+        [
+            (*(worker[column] for column in columns), (worker["release"] or {}).get("directory"))
+            for worker in found["workers"]
+        ],
+    )
 
 
 def _in_words(blocking: dict[str, Any]) -> str:
@@ -149,15 +162,28 @@ def _in_words(blocking: dict[str, Any]) -> str:
 
 def show_connections(found: dict[str, Any]) -> None:
     """Print ``connections`` for people."""
+    columns = ("connection", "listener", "peer", "kind", "worker", "generation", "state", "kept")
+    _show_table(columns, [[row[column] for column in columns] for row in found["connections"]])
+
+
+def _show_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table that fits the terminal; to a pipe nothing is cut off."""
+    lines = [list(columns), *(["" if cell is None else str(cell) for cell in row] for row in rows)]
+    if not sys.stdout.isatty():
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        for line in lines:
+            text = "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+            print(text.rstrip())  # noqa: T201  # it is the answer
+        return
     from rich.console import Console  # noqa: PLC0415  # 40 ms that a pipe does not pay
     from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
 
-    columns = ("connection", "listener", "peer", "worker", "generation", "state", "kept")
     table = Table(box=None)
     for column in columns:
         table.add_column(column, no_wrap=True)
-    for row in found["connections"]:
-        table.add_row(*("" if row[column] is None else str(row[column]) for column in columns))
+    for line in lines[1:]:
+        table.add_row(*map(Text, line))
     Console(soft_wrap=True).print(table, crop=False)
 
 

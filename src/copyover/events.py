@@ -40,7 +40,11 @@ class Quotas:
 
 @attrs.frozen
 class Reload:
-    """Somebody asks for a new generation; the answer is a Finished with the same *asker*."""
+    """
+    Somebody asks for a new generation; the answer is a Finished with the same *asker*.
+
+    *move* is ``together``: all connections are one cut; ``rolling``: none is; or ``auto``: all but those of HTTP are.
+    """
 
     asker: int
     generation: int

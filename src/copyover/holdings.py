@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 ROOM = 0.95  # what was full accepts again below that share
 MAX_BACKOFF_S = 30.0
 HEALTHY_S = 10.0
+NOBODY_ELSE = "it was given up at a boundary, and nobody else could serve it"
 
 
 class Strength(enum.Enum):
@@ -274,12 +275,13 @@ class Holdings:
         Take over a copy of each connection of a batch, checked whole before anything changes.
 
         Raises:
-            IllegalEvent: counts that do not add up, or a connection that is in the ledger.
+            IllegalEvent: counts that do not add up, a connection that is in the ledger, or an unknown kind.
 
         """
         message = messages.expect(event.message, messages.Lend)
         if len(event.descriptors) != len(message.cookie) or len(set(message.cookie)) != len(message.cookie):
             raise IllegalEvent(f"worker {event.worker} lent {len(message.cookie)} connections that do not add up")
+        self.ledger.check_kinds(event.worker, message.kind)
         known = [cookie for cookie in message.cookie if cookie in self.ledger.entries]
         if known:
             raise IllegalEvent(f"worker {event.worker} lent connection {known[0]}, which is in the ledger")
@@ -287,8 +289,10 @@ class Holdings:
         if worker.is_full and worker.offs_acked == worker.offs:
             raise IllegalEvent(f"worker {worker.id} lent {len(message.cookie)} connections and is told to accept none")
         entries = [
-            self.ledger.lend(worker.id, cookie, descriptor, listener)
-            for cookie, descriptor, listener in zip(message.cookie, event.descriptors, message.listener, strict=True)
+            self.ledger.lend(worker.id, cookie, descriptor, listener, kind)
+            for cookie, descriptor, listener, kind in zip(
+                message.cookie, event.descriptors, message.listener, message.kind, strict=True
+            )
         ]
         worker.lent += len(entries)
         self.counters["accepted"] += len(entries)
@@ -311,9 +315,24 @@ class Holdings:
         for accepting in [worker for worker in self.workers.values() if worker.strength is Strength.READY]:
             self.accept_off(accepting, is_moving=False)
 
+    def became(self, event: events.FromWorker) -> None:
+        """
+        Note what a worker serves some of its connections as from now on.
+
+        Raises:
+            IllegalEvent: one is not its own, or an unknown kind.
+
+        """
+        message = messages.expect(event.message, messages.Became)
+        self.ledger.check(event.worker, message.cookie, message.epoch, (Standing.SERVED, Standing.FREEZING))
+        self.ledger.check_kinds(event.worker, message.kind)
+        for cookie, kind in zip(message.cookie, message.kind, strict=True):
+            if not self.ledger.is_late(cookie):
+                self.ledger.became(event.worker, cookie, kind)
+
     def adopt(self, event: events.FromWorker) -> list[tuple[Entry, int]]:
         """
-        Note that the sender serves what it was given; returns it with its pause in us.
+        Note that the sender serves what it was given; returns it with its pause in us. Who had ceded it is relieved.
 
         Where a freeze has crossed the adoption nothing is returned: the answer to that follows.
 
@@ -325,16 +344,55 @@ class Holdings:
         self.ledger.check(event.worker, message.cookie, message.epoch, (Standing.THAWING, Standing.FREEZING))
         held: list[tuple[int, int, bytes]] = []
         served: list[tuple[Entry, int]] = []
+        copies: list[tuple[int, int]] = []
         for cookie, epoch, pause_us in zip(message.cookie, message.epoch, message.pause_us, strict=True):
             if self.ledger.is_late(cookie):
                 continue
             entry = self.ledger.adopt(event.worker, cookie, epoch)
             held += [(cookie, act, pushed) for act, pushed in entry.moving.pushed]
             entry.moving.pushed.clear()
+            copies += [(ceder, cookie) for ceder in self.ledger.relieve(entry)]
+            if self.is_retiring(cookie):
+                self.kept[cookie] = entry.moving.kept_because or NOBODY_ELSE
             if entry.standing is Standing.SERVED:
                 served.append((entry, pause_us))
         self.push(event.worker, held)
+        self.drop(copies)
         return served
+
+    def cede(self, event: events.FromWorker) -> list[Entry]:
+        """
+        A retiring worker gives up what it had kept; returned is what somebody else is to go on with.
+
+        Raises:
+            IllegalEvent: it does not retire, one is not its own, or is of an unknown kind.
+
+        """
+        message = messages.expect(event.message, messages.Cede)
+        worker = self.workers[event.worker]
+        if worker.strength not in (Strength.RETIRING, Strength.DYING):
+            raise IllegalEvent(f"worker {worker.id} is {worker.strength.value} and ceded connections")
+        self.ledger.check(worker.id, message.cookie, message.epoch, (Standing.SERVED,))
+        self.ledger.check_kinds(worker.id, message.kind)
+        ceded: list[Entry] = []
+        for cookie, record in zip(message.cookie, message.records(), strict=True):
+            if self.ledger.is_late(cookie):
+                continue
+            self.kept.pop(cookie, None)
+            entry = self.ledger.cede(worker.id, cookie, record)
+            if entry.listener in self.withdrawn:
+                self.close(cookie)
+            else:
+                ceded.append(entry)
+        self.counters["ceded"] += len(ceded)
+        self.note("ceded", worker=worker.id, generation=worker.generation, connections=len(ceded))
+        return ceded
+
+    def ceder(self, entry: Entry) -> int | None:
+        """Return the worker that ceded it and can go on with it, or None."""
+        passage = entry.moving
+        can = passage.is_ceded and self.is_alive(passage.origin) and passage.origin not in passage.unfit
+        return passage.origin if can else None
 
     def stage(self, target: int, entries: Iterable[Entry]) -> None:
         """Give a worker descriptors, so that it builds them, paused."""
@@ -405,6 +463,12 @@ class Holdings:
         """Whether a connection lives on in a generation that does not serve any more."""
         owner = self.workers.get(self.ledger.entries[cookie].owner)
         return owner is not None and owner.strength is Strength.RETIRING
+
+    def note_kept(self) -> None:
+        """Count what retiring generations serve; why is not known any more."""
+        for entry in self.ledger.entries.values():
+            if entry.standing is Standing.SERVED and self.is_retiring(entry.cookie):
+                self.kept.setdefault(entry.cookie, "it stayed in its generation before this holder came")
 
     def lose(self, cookie: int) -> None:
         """Nobody can serve it any more; its client is told."""

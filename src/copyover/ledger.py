@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING
 import attrs
 
 from copyover.errors import IllegalEvent
+from copyover.messages import Kind, Record, RecordFlag
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from copyover.messages import Record
+    from collections.abc import Iterable, Iterator, Sequence
 
 
 class Standing(enum.Enum):
@@ -32,13 +31,14 @@ class Standing(enum.Enum):
 
 @attrs.define
 class Passage:
-    """What is noted of a connection only while a move is under way."""
+    """What is noted of a connection only while it is on its way: in a move, ceded, or after a death."""
 
     staged_in: int = 0  # the worker that has built it, paused; 0 is none
     origin: int = 0  # the worker whose coroutine still waits for it; 0 is none
     record: Record | None = None  # what the last freeze gave
     is_given: bool = False  # its owner has that record, and has not said since that it serves
     was_adopted: bool = False  # somebody else than its origin has served it since
+    is_ceded: bool = False  # its origin retires, and takes it back only if nobody else can serve it
     kept_because: str | None = None
     pushed: list[tuple[int, bytes]] = attrs.field(factory=list)  # acts of others while nobody had it
     unfit: frozenset[int] = frozenset()  # the workers that gave the record back
@@ -54,6 +54,7 @@ class Entry:
     listener: int
     owner: int
     epoch: int = 0
+    kind: Kind = Kind.HANDLER
     standing: Standing = Standing.SERVED
     passage: Passage | None = None
 
@@ -109,6 +110,19 @@ class Ledger:
             if epoch != entry.epoch:
                 raise IllegalEvent(f"worker {worker} spoke of connection {cookie} at epoch {epoch}, not {entry.epoch}")
 
+    @staticmethod
+    def check_kinds(worker: int, kinds: Iterable[int]) -> None:
+        """
+        See that all of *kinds* are known.
+
+        Raises:
+            IllegalEvent: one is no Kind.
+
+        """
+        unknown = set(kinds).difference(Kind)
+        if unknown:
+            raise IllegalEvent(f"worker {worker} serves a connection as {min(unknown)}, which is no kind")
+
     def _owned_by(self, worker: int, cookie: int, *standings: Standing) -> Entry:
         entry = self.entries.get(cookie)
         if entry is None:
@@ -129,12 +143,16 @@ class Ledger:
     def _stand(self, entry: Entry, standing: Standing) -> None:
         entry.standing, entry.moving.since_s = standing, self.now_s
 
-    def lend(self, worker: int, cookie: int, descriptor: int, listener: int) -> Entry:
+    def lend(self, worker: int, cookie: int, descriptor: int, listener: int, kind: int = Kind.HANDLER) -> Entry:
         if cookie in self.entries:
             raise IllegalEvent(f"connection {cookie} was lent twice")
-        entry = self.entries[cookie] = Entry(cookie, descriptor, listener, worker)
+        entry = self.entries[cookie] = Entry(cookie, descriptor, listener, worker, kind=Kind(kind))
         self.owned[worker] += 1
         return entry
+
+    def became(self, worker: int, cookie: int, kind: int) -> None:
+        """Its owner serves it as something else."""
+        self._owned_by(worker, cookie, Standing.SERVED, Standing.FREEZING).kind = Kind(kind)
 
     def release(self, worker: int, cookie: int) -> Ending:
         """The owner says that it ended. A tombstone stays, so that nothing revives it."""
@@ -151,12 +169,17 @@ class Ledger:
         if self.is_moving:
             self.tombstones.add(entry.cookie)
         passage = entry.passage or Passage()
-        copies = tuple(dict.fromkeys(w for w in (passage.staged_in, passage.origin) if w not in (0, entry.owner)))
+        # Of what is parked its last owner has a copy, too.
+        serving = 0 if entry.standing is Standing.PARKED else entry.owner
+        copies = tuple(dict.fromkeys(w for w in (passage.staged_in, passage.origin) if w not in (0, serving)))
         return Ending(entry.cookie, entry.descriptor, copies)
 
     def stage(self, cookie: int, worker: int) -> None:
         passage = self.entries[cookie].moving
         passage.staged_in, passage.since_s = passage.staged_in or worker, self.now_s
+
+    def unstage(self, cookie: int) -> None:
+        self.entries[cookie].moving.staged_in = 0
 
     def freeze(self, cookie: int) -> int:
         """Return the epoch at which its owner is asked to stop."""
@@ -178,6 +201,7 @@ class Ledger:
         elif passage.origin == 0:  # the coroutine that can go on after a roll-back is the first that stopped
             passage.origin = worker
         passage.record, passage.is_given = record, False
+        entry.kind = Kind(record.kind)
         self._stand(entry, Standing.PARKED)
         return entry
 
@@ -216,6 +240,41 @@ class Ledger:
         entry.moving.was_adopted |= worker != entry.moving.origin
         return entry
 
+    def cede(self, worker: int, cookie: int, record: Record) -> Entry:
+        """Its owner, which retires, gives it up; the coroutine there waits until somebody else serves it."""
+        entry = self._owned_by(worker, cookie, Standing.SERVED)
+        entry.passage = Passage(origin=worker, record=record, is_ceded=True)
+        entry.kind = Kind(record.kind)
+        self._stand(entry, Standing.PARKED)
+        return entry
+
+    def relieve(self, entry: Entry) -> list[int]:
+        """Somebody serves what was ceded: return who is to drop its copy."""
+        passage = entry.moving
+        if not passage.is_ceded:
+            return []
+        passage.is_ceded = False
+        if passage.origin in (0, entry.owner):
+            return []
+        ceder, passage.origin = passage.origin, 0
+        return [ceder]
+
+    def record_for(self, entry: Entry, worker: int) -> Record:
+        """
+        Return what *worker* is to go on from: the record, or with UNSERVED its own coroutine.
+
+        Raises:
+            IllegalEvent: there is no record.
+
+        """
+        record = None if entry.passage is None else entry.passage.record
+        if record is None:
+            raise IllegalEvent(f"connection {entry.cookie} is {entry.standing.value}, without a record")
+        flags = record.flags & ~RecordFlag.CUT
+        if self.unserved(entry, worker):
+            return Record(flags=flags | RecordFlag.UNSERVED, halted_ns=record.halted_ns)
+        return attrs.evolve(record, flags=flags) if flags != record.flags else record
+
     def unserved(self, entry: Entry, worker: int) -> bool:
         """Whether *worker* froze it and nobody has served it since: its very coroutine can go on."""
         passage = entry.moving
@@ -235,10 +294,10 @@ class Ledger:
         return entry
 
     def recover(self, cookie: int, record: Record) -> Entry:
-        """Take over what a dead worker served, from its last boundary."""
+        """Take over what a dead worker served, from its last boundary; what it was, only the ledger tells."""
         entry = self.entries[cookie]
         passage = entry.moving
-        passage.record, passage.is_given, passage.was_adopted = record, False, True
+        passage.record, passage.is_given, passage.was_adopted = attrs.evolve(record, kind=entry.kind), False, True
         self._stand(entry, Standing.PARKED)
         return entry
 
@@ -274,10 +333,16 @@ class Ledger:
         self.tombstones.clear()
 
     def forget_passages(self) -> None:
-        """What is parked keeps its record: nobody else has it."""
+        """What is parked keeps its record: nobody else has it. Who ceded it waits on."""
         for entry in self.entries.values():
             passage = entry.passage
             if passage is not None and entry.standing is Standing.PARKED:
-                entry.passage = Passage(record=passage.record, was_adopted=True, pushed=passage.pushed)
+                entry.passage = Passage(
+                    record=passage.record,
+                    origin=passage.origin if passage.is_ceded else 0,
+                    was_adopted=passage.was_adopted or not passage.is_ceded,
+                    is_ceded=passage.is_ceded,
+                    pushed=passage.pushed,
+                )
             elif entry.standing is not Standing.THAWING:
                 entry.passage = None

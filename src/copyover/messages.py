@@ -42,12 +42,12 @@ class Act(enum.IntEnum):
 
 
 class Kind(enum.IntEnum):
-    """What a connection is served as; a holder chooses by it how the connection moves."""
+    """What a connection is served as."""
 
-    HANDLER = 0
-    HTTP = 1
+    HANDLER = 0  # by a handler of the application
+    HTTP = 1  # requests, one after the other
     WEBSOCKET = 2
-    STREAM = 3  # a response without end
+    STREAM = 3  # one response that goes on and on
 
 
 class Doing(enum.IntEnum):
@@ -74,8 +74,8 @@ class Record:
     """
     What travels beside a descriptor.
 
-    *received* and *sent* count the bytes that were read from and accepted by the kernel since the connection was
-    accepted; *halted_ns* is CLOCK_MONOTONIC at the moment it stopped being served.
+    *kind* is a Kind. *received* and *sent* count the bytes that were read from and accepted by the kernel since the
+    connection was accepted; *halted_ns* is CLOCK_MONOTONIC at the moment it stopped being served.
     """
 
     kind: int = 0
@@ -130,7 +130,7 @@ class Message:
 
 @attrs.frozen(kw_only=True)
 class _WithRecords(Message):
-    """The columns of a record, shared by frozen and thaw."""
+    """The columns of a record, shared by all that carry records."""
 
     kind: tuple[int, ...] = column("B")
     flags: tuple[int, ...] = column("B")
@@ -159,7 +159,7 @@ def record_chunks(records: Sequence[Record], most_rows: int) -> Iterator[slice]:
 
 
 def record_columns(records: Sequence[Record]) -> dict[str, tuple[Any, ...]]:
-    """Turn rows into the keyword arguments of Frozen or Thaw."""
+    """Turn rows into the keyword arguments of a message that carries records."""
     return {name: tuple([getattr(record, name) for record in records]) for name in RECORD_FIELDS}
 
 
@@ -190,6 +190,7 @@ class Ready(Message):
     writes: int = rare(int)  # the schema of the states that it writes
     reads: list[int] = rare(list)  # the schemas that it can read
     shares: bool = rare(bool)  # it exports and imports shared state
+    interface: str = rare(str)  # what the application is: "handler" or "asgi"
 
 
 @attrs.frozen(kw_only=True)
@@ -209,6 +210,7 @@ class Lend(Message):
     CARRIES_DESCRIPTORS: ClassVar[bool] = True
     cookie: tuple[int, ...] = column("Q")
     listener: tuple[int, ...] = column("H")
+    kind: tuple[int, ...] = column("B")
 
 
 @attrs.frozen(kw_only=True)
@@ -306,6 +308,7 @@ class Attach(Message):
     writes: int = rare(int)
     reads: list[int] = rare(list)
     shares: bool = rare(bool)
+    interface: str = rare(str)
     is_committed: bool = rare(bool)
     is_leaving: bool = rare(bool)  # it retires, or stops
     names: dict[str, str] = rare(dict)  # as in welcome
@@ -314,7 +317,11 @@ class Attach(Message):
 
 @attrs.frozen(kw_only=True)
 class View(_WithRecords):
-    """What this worker does with its connections, one descriptor a row; *standing* is a Doing, records as in frozen."""
+    """
+    What this worker does with its connections, one descriptor a row.
+
+    *standing* is a Doing, records are as in frozen; of what is served the kind alone is told.
+    """
 
     KIND: ClassVar[int] = 14
     CARRIES_DESCRIPTORS: ClassVar[bool] = True
@@ -330,6 +337,25 @@ class Viewed(Message):
 
     KIND: ClassVar[int] = 15
     cookie: tuple[int, ...] = column("Q")
+
+
+@attrs.frozen(kw_only=True)
+class Became(Message):
+    """From here on the sender serves these as something else; *kind* is a Kind."""
+
+    KIND: ClassVar[int] = 16
+    cookie: tuple[int, ...] = column("Q")
+    epoch: tuple[int, ...] = column("I")
+    kind: tuple[int, ...] = column("B")
+
+
+@attrs.frozen(kw_only=True)
+class Cede(_WithRecords):
+    """A retiring worker gives up what it had kept: at a boundary now, it stopped there. Who serves is to take it."""
+
+    KIND: ClassVar[int] = 17
+    cookie: tuple[int, ...] = column("Q")
+    epoch: tuple[int, ...] = column("I")
 
 
 # ---- holder to worker
@@ -476,7 +502,7 @@ class Recall(Message):
 
 FROM_WORKER = (
     *(Hello, Ready, Failed, Lend, Release, AcceptOffAck, Staged, Frozen, Refused, Gathered, Adopted, Forward),
-    *(Attach, View, Viewed),
+    *(Attach, View, Viewed, Became, Cede),
 )
 FROM_HOLDER = (
     *(Welcome, LendAck, AcceptOn, AcceptOff, Stage, Freeze, Thaw, Enter, Drop, Commit, MoveOver, Stop, Push),

@@ -36,7 +36,7 @@ class Move:
         self._asked = asked
         self.incumbents = incumbents
         self.replacements = replacements
-        self.is_together = asked.move == "together"
+        self.has_cut = asked.move != "rolling"
         self.is_backwards = False  # rolling back: all returns to the incumbent
         self.open: set[int] = set()
         self.moved = 0
@@ -46,7 +46,7 @@ class Move:
         self.kept: dict[int, str] = {}
         self.given_back = 0
         self.pauses_us: list[int] = []
-        self._routes: dict[int, int] = {}  # together: incumbent to replacement
+        self._routes: dict[int, int] = {}  # of cuts: incumbent to replacement
         self._between: collections.Counter[int] = collections.Counter()  # thawed, not adopted, by the incumbent left
         self._left: dict[int, int] = {}  # the incumbent that each of those left
 
@@ -88,14 +88,21 @@ class Move:
             self._holdings.stage(target_id, batch)
 
     def _target(self, entry: Entry, staged: collections.Counter[int]) -> Worker | None:
-        """Return the replacement's worker for an incumbent's connection; together, all of one go to one."""
+        """Return the replacement's worker for an incumbent's connection; all of one cut go to one."""
         living = self.living_replacements()
         if not living:
             return None
-        if self.is_together:
-            route = self._routes.get(entry.owner, 0)
-            return self._holdings.workers[route] if self._holdings.is_alive(route) else living[0]
+        if self._is_of_cut(entry):
+            return self._holdings.workers[self._route(entry) or living[0].id]
         return min(living, key=lambda worker: worker.staged + staged[worker.id] + self._ledger.owned[worker.id])
+
+    def _is_of_cut(self, entry: Entry) -> bool:
+        return self.has_cut and (self._asked.move == "together" or entry.kind is not messages.Kind.HTTP)
+
+    def _route(self, entry: Entry) -> int:
+        """Return the worker to which the cut of an incumbent's connection goes, or 0."""
+        route = self._routes.get(entry.owner, 0)
+        return route if self._is_of_cut(entry) and self._holdings.is_alive(route) else 0
 
     @property
     def is_staged(self) -> bool:
@@ -104,10 +111,10 @@ class Move:
     # ---- accepting switches, freezing begins
 
     def switch_accepting(self) -> None:
-        """Rolling, the replacement accepts at once; together, when its cut has been entered."""
+        """Without a cut the replacement accepts at once; with one, when that has been entered."""
         for incumbent in self.living_incumbents():
             self._holdings.accept_off(incumbent, is_moving=True)
-        if not self.is_together:
+        if not self.has_cut:
             for replacement in self.living_replacements():
                 self._holdings.admit(replacement.id, is_moving=True)
         self.place_all()  # those whose worker was killed before
@@ -115,12 +122,14 @@ class Move:
     def accept_off_acked(self, worker: Worker) -> None:
         """All its lends are in: the set of its connections is closed, freezing can begin."""
         worker.is_off = True
-        served = [entry.cookie for entry in self._ledger.of(worker.id) if entry.standing is Standing.SERVED]
-        if not self.is_together:
-            worker.queue.extend(served)
-            self._feed(worker)
-            return
-        packets = list(chunks(served, messages.MAX_ROWS)) or [[]]
+        served = [entry for entry in self._ledger.of(worker.id) if entry.standing is Standing.SERVED]
+        worker.queue.extend(entry.cookie for entry in served if not self._is_of_cut(entry))
+        if self.has_cut:
+            self._freeze_cut(worker, [entry.cookie for entry in served if self._is_of_cut(entry)])
+        self._feed(worker)
+
+    def _freeze_cut(self, worker: Worker, cookies: list[int]) -> None:
+        packets = list(chunks(cookies, messages.MAX_ROWS)) or [[]]  # an empty cut has its shared state, too
         for place, packet in enumerate(packets):
             self._freeze(worker, packet, is_cut=True, more=place + 1 < len(packets))
 
@@ -138,7 +147,13 @@ class Move:
         self._holdings.send(worker.id, message)
 
     def _feed(self, worker: Worker) -> None:
-        """Keep at most two batches between freeze and adopted; a connection that is busy holds up no other."""
+        """
+        Keep at most two batches between freeze and adopted; a connection that is busy holds up no other.
+
+        The cuts go first: who is entered in a replacement finds the shared state there.
+        """
+        if self.has_cut and not all(replacement.has_entered for replacement in self.living_replacements()):
+            return
         while (
             worker.queue
             and len(worker.unanswered) < ROLLING_WINDOW
@@ -159,12 +174,13 @@ class Move:
         Records came: park the connections and give them to whom the direction wants.
 
         Raises:
-            IllegalEvent: one is not the sender's, or was not asked for.
+            IllegalEvent: one is not the sender's, was not asked for, or is of an unknown kind.
 
         """
         message = messages.expect(event.message, messages.Frozen)
         worker = self._holdings.workers[event.worker]
         self._ledger.check(worker.id, message.cookie, message.epoch, (Standing.FREEZING,))
+        self._ledger.check_kinds(worker.id, message.kind)
         worker.unanswered.discard(message.batch)
         worker.parked_bytes += sum(record.size_bytes for record in message.records())
         self.place(
@@ -225,7 +241,7 @@ class Move:
                 self.kept[cookie] = entry.moving.kept_because or ""
             self._settled(cookie)
             copies += [(copy, cookie) for copy in self._ledger.forget_others(cookie)]
-        self.given_back += len(given_back)
+        self.given_back += sum(not entry.moving.is_ceded for entry in given_back)  # else it is none of the incumbent's
         self._holdings.drop(copies)
         self.place(given_back)
 
@@ -237,8 +253,8 @@ class Move:
             worker.shared = messages.expect(event.message, messages.Gathered).shared
 
     def enter_cuts(self) -> None:
-        """Let each replacement begin that has all the cuts which go to it."""
-        if not self.is_together or self.is_backwards:
+        """Let each replacement begin that has all the cuts which go to it; after the last, HTTP follows."""
+        if not self.has_cut or self.is_backwards:
             return
         for replacement in self.living_replacements():
             routed = [incumbent for incumbent, route in self._routes.items() if route == replacement.id]
@@ -249,6 +265,8 @@ class Move:
             shared = tuple(itertools.chain.from_iterable(source.shared for source in sources))
             self._holdings.send(replacement.id, messages.Enter(cut=True, shared=shared))
             self._holdings.admit(replacement.id, is_moving=True)
+            for incumbent in self.living_incumbents():
+                self._feed(incumbent)
 
     # ---- placing
 
@@ -284,30 +302,37 @@ class Move:
             living = [worker.id for worker in side if worker.id not in passage.unfit]
             if not living:
                 continue
-            preferred = [copy for copy in (passage.staged_in, passage.origin) if copy in living]
+            preferred = [copy for copy in (self._route(entry), passage.staged_in, passage.origin) if copy in living]
             return preferred[0] if preferred else min(living, key=lambda worker: self._ledger.owned[worker])
-        return None
+        return self._holdings.ceder(entry) if any(sides) else None
 
     def _thaw(self, target: int, entries: list[Entry]) -> None:
         without_copy = [e for e in entries if target not in (e.moving.staged_in, e.moving.origin)]
-        self._holdings.stage(target, without_copy)
         is_forward = target in self.replacements
+        if is_forward:
+            self._unstage(without_copy)
+        self._holdings.stage(target, without_copy)
         for entry in entries:
             if is_forward and entry.cookie not in self._left:
                 self._left[entry.cookie] = entry.owner
                 self._between[entry.owner] += 1
         self._holdings.thaw(target, [(entry, self._record_for(entry, target)) for entry in entries])
 
+    def _unstage(self, entries: Iterable[Entry]) -> None:
+        """It became part of a cut after it was built elsewhere: it belongs to the others of its worker."""
+        copies = [(entry.moving.staged_in, entry) for entry in entries if entry.moving.staged_in != entry.moving.origin]
+        built = [(worker, entry.cookie) for worker, entry in copies if worker in self.replacements]
+        for _, cookie in built:
+            self._ledger.unstage(cookie)
+        self._holdings.drop(built)
+
     def _record_for(self, entry: Entry, target: int) -> messages.Record:
-        record = entry.moving.record
-        assert record is not None  # ledger.thaw has checked it
-        flags = record.flags & ~messages.RecordFlag.CUT
-        waits = self.is_together and not self.is_backwards and target in self.replacements
-        if waits and not self._holdings.workers[target].has_entered:
-            flags |= messages.RecordFlag.CUT  # it waits for the cut, also where it missed its own incumbent's
-        if self._ledger.unserved(entry, target):
-            return messages.Record(flags=flags | messages.RecordFlag.UNSERVED, halted_ns=record.halted_ns)
-        return attrs.evolve(record, flags=flags) if flags != record.flags else record
+        record = self._ledger.record_for(entry, target)
+        is_cut = self.has_cut and not self.is_backwards and target in self.replacements
+        if is_cut and not self._holdings.workers[target].has_entered:
+            # It waits for the cut, also where it missed its own incumbent's.
+            return attrs.evolve(record, flags=record.flags | messages.RecordFlag.CUT)
+        return record
 
     # ---- settling
 
@@ -342,7 +367,7 @@ class Move:
         incumbents = self.living_incumbents()
         if self.open or not all(worker.is_off for worker in incumbents):
             return False
-        return not self.is_together or all(worker.has_gathered for worker in incumbents)
+        return not self.has_cut or all(worker.has_gathered for worker in incumbents)
 
     # ---- backwards
 
@@ -400,16 +425,16 @@ class Move:
         return not self.open and all(worker.is_off and self._holdings.is_alive(worker.id) for worker in present)
 
     def stalled(self) -> list[Worker]:
-        """Return those that owe an answer, the replacement's before the incumbent's."""
+        """Return those that owe an answer, the replacement's before all others."""
         owing = {self._ledger.entries[cookie].owner for cookie in self.open if cookie in self._ledger.entries}
         replacements = [w for w in self.living_replacements() if w.id in owing or not w.is_off]
-        return replacements or [worker for worker in self.living_incumbents() if worker.id in owing]
+        return replacements or self._holdings.living(owing)
 
     def turn_forward(self) -> None:
         """Rolling back, the incumbent died: who lives serves."""
         self.is_backwards = False
         self._holdings.withdrawn -= self._asked.added
-        self.is_together = False
+        self.has_cut = False
         self.place_all()
         for replacement in self.living_replacements():
             replacement.has_entered = True

@@ -72,6 +72,9 @@ class Peace:
     def _lend(self, event: FromWorker) -> None:
         self.holdings.lend(event)
 
+    def _became(self, event: FromWorker) -> None:
+        self.holdings.became(event)
+
     def _forward(self, event: FromWorker) -> None:
         self.holdings.forward(event)
 
@@ -80,6 +83,14 @@ class Peace:
         if self.holdings.regain_room():
             for worker in self.holdings.serving():
                 self.holdings.admit(worker.id)
+
+    def _ceded(self, event: FromWorker) -> None:
+        """What a retiring worker had kept has come to a boundary: who serves goes on with it."""
+        self.holdings.cede(event)
+        self.parking.place()
+
+    def _ceded_while_stopping(self, event: FromWorker) -> None:
+        self.parking.give_back(self.holdings.cede(event))
 
     def _frozen_late(self, event: FromWorker) -> None:
         """All that the freeze named had ended or refused before: the move did not wait for this."""
@@ -159,8 +170,8 @@ class Peace:
                 self.holdings.kill(worker.id)
             else:
                 self.holdings.send(worker.id, messages.Stop(drain_ms=int(event.drain_s * 1000)))
-        for entry in [e for e in self.ledger.entries.values() if e.standing is Standing.PARKED]:
-            self.holdings.lose(entry.cookie)  # no worker will come to take it
+        # No worker will come to take these.
+        self.parking.give_back([e for e in self.ledger.entries.values() if e.standing is Standing.PARKED])
         self.holdings.set_timer("stop", event.drain_s + 5)
         self._check_stopped()
 
@@ -170,8 +181,7 @@ class Peace:
 
     def _died_while_stopping(self, event: Died) -> None:
         """Nobody takes over any more what it had."""
-        for entry in self.holdings.bury(event).parked:
-            self.holdings.lose(entry.cookie)
+        self.parking.give_back(self.holdings.bury(event).parked)
         self._check_stopped()
 
     def _check_stopped(self) -> None:

@@ -144,7 +144,15 @@ class Machine(Undoing):
         if event.worker in self._move.incumbents:
             self._move.stage(entries)
 
+    def _ceded_before_move(self, event: FromWorker) -> None:
+        """It waits for the move, which is about to begin."""
+        self._move.stage(self.holdings.cede(event))
+
     # ---- moving
+
+    def _ceded_in_move(self, event: FromWorker) -> None:
+        """It goes where all go."""
+        self._move.place(self.holdings.cede(event))
 
     def _accept_off_acked(self, event: FromWorker) -> None:
         worker = self.holdings.workers[event.worker]
@@ -288,15 +296,10 @@ class Machine(Undoing):
                 holdings.admit(worker.id)
             else:
                 holdings.retire(worker, asked.drain_s)
-        self._note_kept()
+        holdings.note_kept()
         self.ledger.settle()
         self.parking.place()
         holdings.restore_strength()
-
-    def _note_kept(self) -> None:
-        for entry in self.ledger.entries.values():
-            if self.holdings.is_retiring(entry.cookie):
-                self.holdings.kept.setdefault(entry.cookie, "it stayed in its generation before this holder came")
 
     def _roll_back_unfinished(self, asked: Reload, finding: reunion.Finding) -> None:
         workers = self.holdings.workers.values()
@@ -307,9 +310,10 @@ class Machine(Undoing):
         move = Move(self.holdings, asked, incumbents, replacements)
         self.change = Change(asked, finding.serving, self._now_s, move)
         move.resume()
-        move.open.update(reunion.let_enter(self.holdings, incumbents))
+        retiring = [worker.id for worker in workers if worker.strength is Strength.RETIRING]
+        move.open.update(reunion.let_enter(self.holdings, incumbents + retiring))
         self.phase = Phase.MOVING
-        self._note_kept()
+        self.holdings.note_kept()
         self._roll_back("the holder died in the middle of the change")
 
     # ---- timers
@@ -330,18 +334,26 @@ class Machine(Undoing):
     _CHANGING: ClassVar = (Phase.BOOTING, Phase.STAGING, Phase.MOVING, Phase.BAKING, Phase.ROLLING_BACK)
     _LIVING: ClassVar = (Phase.SERVING, *_CHANGING, Phase.STOPPING)
     _COUNTS_AFTER_DEATH: ClassVar = frozenset(
-        {messages.Lend, messages.Release, messages.Frozen, messages.Refused, messages.Adopted, messages.Forward}
+        {
+            *(messages.Lend, messages.Became, messages.Release, messages.Frozen, messages.Refused, messages.Adopted),
+            *(messages.Forward, messages.Cede),
+        }
     )
     _TRANSITIONS: ClassVar[dict[tuple[Phase, type], Callable[[Machine, Any], None]]] = {
         # -------------------------------- whatever happens else
         **dict.fromkeys(itertools.product(Phase, [TimerFired]), _timer),
         **dict.fromkeys(itertools.product(_LIVING, [messages.Lend]), Peace._lend),
+        **dict.fromkeys(itertools.product(_LIVING, [messages.Became]), Peace._became),
         **dict.fromkeys(itertools.product(_LIVING, [messages.Release]), Peace._release),
         **dict.fromkeys(itertools.product(_LIVING, [messages.Forward]), Peace._forward),
         **dict.fromkeys(itertools.product(_LIVING, [messages.Staged]), _staged),  # of what is refused by now
         **dict.fromkeys(itertools.product(_LIVING, [messages.Gathered]), Peace._void),  # of a move that was rolled back
         **dict.fromkeys(itertools.product(_LIVING, [messages.AcceptOffAck]), Peace._accept_off_acked_in_peace),
         **dict.fromkeys(itertools.product(_LIVING, [messages.Frozen]), Peace._frozen_late),
+        **dict.fromkeys(itertools.product((Phase.SERVING, Phase.BOOTING), [messages.Cede]), Peace._ceded),
+        **dict.fromkeys(
+            itertools.product((Phase.MOVING, Phase.BAKING, Phase.ROLLING_BACK), [messages.Cede]), _ceded_in_move
+        ),
         **dict.fromkeys(itertools.product(_CHANGING, [messages.Release]), _release_in_change),
         **dict.fromkeys(itertools.product(_CHANGING, [Reload]), Peace._busy),
         **dict.fromkeys(itertools.product(Phase, [CancelAsked, Checked]), Peace._void),  # of a change that has ended
@@ -365,6 +377,7 @@ class Machine(Undoing):
         # -------------------------------- staging
         (Phase.STAGING, StopAsked): Undoing._stop_instead,
         (Phase.STAGING, messages.Lend): _lend_and_stage,
+        (Phase.STAGING, messages.Cede): _ceded_before_move,
         (Phase.STAGING, messages.Failed): Undoing._failed_before_move,
         (Phase.STAGING, CancelAsked): Undoing._cancel_before_move,
         (Phase.STAGING, Died): Undoing._died_before_move,
@@ -398,6 +411,7 @@ class Machine(Undoing):
         # -------------------------------- stopping
         (Phase.STOPPING, Reload): Peace._busy,
         (Phase.STOPPING, StopAsked): Peace._stop_at_once,
+        (Phase.STOPPING, messages.Cede): Peace._ceded_while_stopping,
         (Phase.STOPPING, messages.Adopted): Peace._adopted_in_peace,
         (Phase.STOPPING, messages.Refused): Peace._refused_in_peace,
         (Phase.STOPPING, messages.Failed): Peace._failed_alone,

@@ -81,21 +81,42 @@ def _precedence(found: tuple[int, Row]) -> tuple[int, bool]:
 
 def _enter(holdings: Holdings, copies: Sequence[tuple[int, Row]]) -> None:
     *older, (owner, newest) = copies
-    entry = holdings.ledger.lend(owner, newest.cookie, newest.descriptor, newest.listener)
+    entry = holdings.ledger.lend(owner, newest.cookie, newest.descriptor, newest.listener, newest.record.kind)
     entry.epoch, entry.standing = newest.epoch, _STANDINGS[newest.doing]
-    waiting = [worker for worker, row in copies if row.doing is Doing.FROZE]
+    waiting, ceder = _origins(holdings, copies)
     if newest.doing is not Doing.SERVES or waiting:
         entry.passage = Passage(
-            staged_in=waiting[-1] if newest.doing is Doing.FROZE else owner,
+            staged_in=owner if newest.doing is not Doing.FROZE else waiting[-1] if waiting else 0,
             origin=waiting[0] if waiting else 0,
             record=None if newest.doing is Doing.SERVES else newest.record,
             is_given=newest.doing is Doing.WAITS,
             # The coroutine that froze first goes on only where certainly nobody has served it since.
-            was_adopted=newest.doing is Doing.SERVES or len(waiting) > 1,
+            was_adopted=newest.doing is Doing.SERVES or not _is_untouched(copies),
+            is_ceded=ceder != 0,
         )
     _close(holdings, [row for _, row in older])
     if newest.doing is not Doing.SERVES and not newest.is_current:
         holdings.lose(newest.cookie)  # whoever served it since died with the holder: to go on here would repeat bytes
+
+
+def _origins(holdings: Holdings, copies: Sequence[tuple[int, Row]]) -> tuple[list[int], int]:
+    """
+    Return the workers whose coroutines wait for a connection, and which of them ceded it, or 0.
+
+    A retiring worker waits for what it ceded alone; once another has frozen or served it, its copy is dropped.
+    """
+    waiting = [worker for worker, row in copies if row.doing is Doing.FROZE]
+    retiring = [worker for worker in waiting if holdings.workers[worker].strength is Strength.RETIRING]
+    if len(waiting) == 1 and retiring and copies[-1][1].doing is not Doing.SERVES:
+        return waiting, waiting[0]
+    holdings.drop((worker, copies[-1][1].cookie) for worker in retiring)
+    return [worker for worker in waiting if worker not in retiring], 0
+
+
+def _is_untouched(copies: Sequence[tuple[int, Row]]) -> bool:
+    """Whether nobody can have served a connection since it was frozen first: one has frozen it, for who has it."""
+    frozen = [row for _, row in copies if row.doing is Doing.FROZE]
+    return len(frozen) <= 1 and copies[-1][1].epoch - copies[0][1].epoch <= 1
 
 
 def _close(holdings: Holdings, rows: Iterable[Row]) -> None:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 FORMATS = (1, 1)  # the oldest and the newest that this release reads; it writes the newest
 
 # Columns of the ledger's entries, little-endian. Standing and passage stay: nothing leaves before all is served.
-COLUMNS = {"cookie": "Q", "descriptor": "I", "listener": "I", "owner": "Q", "epoch": "Q"}
+COLUMNS = {"cookie": "Q", "descriptor": "I", "listener": "I", "owner": "Q", "kind": "B", "epoch": "Q"}
 # Fields of a Worker that mean something only while a move is under way.
 OF_THE_MOVE = ("is_off", "has_gathered", "has_entered", "shared", "unanswered", "queue", "parked_bytes")
 
@@ -244,10 +244,10 @@ def revive(held: Held, capacity: int) -> Machine:
     if set(held.entries) != set(COLUMNS):
         raise ChangeRefused(f"the state has the columns {', '.join(held.entries)}, not {', '.join(COLUMNS)}")
     try:
-        for cookie, descriptor, listener, owner, epoch in zip(*(_unpack(held, name) for name in COLUMNS), strict=True):
+        for cookie, descriptor, listener, owner, kind, epoch in zip(*(_unpack(held, c) for c in COLUMNS), strict=True):
             if owner not in holdings.workers:
                 raise ChangeRefused(f"the state has connection {cookie} of worker {owner}, whom it does not have")
-            machine.ledger.lend(owner, cookie, descriptor, listener).epoch = epoch
+            machine.ledger.lend(owner, cookie, descriptor, listener, kind).epoch = epoch
     except (IllegalEvent, ValueError) as problem:
         raise ChangeRefused(f"the state's connections do not add up: {problem}") from problem
     return machine

@@ -170,6 +170,7 @@ class Undoing(Peace):
         change, holdings = self._under_way, self.holdings
         self.change = None
         holdings.ledger.settle()
+        self.parking.expect(change.move.open)
         # What the incumbent kept in a roll-back is where it belongs.
         change.move.kept = {cookie: why for cookie, why in change.move.kept.items() if holdings.is_retiring(cookie)}
         holdings.kept.update(change.move.kept)

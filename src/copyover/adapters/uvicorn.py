@@ -35,6 +35,7 @@ log = logging.getLogger("copyover.worker")
 
 SCHEMA = 0xA501  # of the states that this adapter writes, whatever the application's own is
 ENTERED_AT_ONCE = 64
+SLOT_BYTES = 16 << 10  # a half holds a compression window of 4 KiB, the request's head and a state
 SHARED_BYTES = 64 << 20
 _TICK_S = 1.0  # uvicorn's Date header is as old as that
 _JSON, _BYTES = b"j", b"b"
@@ -44,9 +45,11 @@ class Uvicorn(Host):
     """An ASGI application and the server that serves it."""
 
     interface = "asgi"
+    kind = Kind.HTTP
     is_json = False
     schema = SCHEMA
     enters_at_once = ENTERED_AT_ONCE
+    slot_bytes = SLOT_BYTES
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, application: Asgi, limits: Limits, options: dict[str, Any]
@@ -145,7 +148,7 @@ class Uvicorn(Host):
 
     def build(self, transport: Transport, *, cookie: int, listener: str) -> Hosted:
         served = Hosted(self._loop, transport, cookie=cookie, listener=listener, limits=self._limits, host=self)
-        served.kind = Kind.HTTP
+        served.kind = self.kind
         return served
 
     def enter(self, served: Served) -> None:

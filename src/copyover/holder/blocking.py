@@ -65,7 +65,7 @@ def _owing(machine: Machine, change: Change) -> list[tuple[Worker, str]]:
     owing = [(w, "was killed and is not reaped") for w in machine.holdings.workers.values() if _is_dying(w)]
     sources = move.living_replacements() if move.is_backwards else move.living_incumbents()
     owing += [(w, "has not said that it accepts nothing more") for w in sources if not w.is_off]
-    if move.is_together and not move.is_backwards:
+    if move.has_cut and not move.is_backwards:
         owing += [(w, "has not closed its cut") for w in sources if w.is_off and not w.has_gathered]
     return owing
 

@@ -6,6 +6,7 @@ It reads the machine and changes nothing.
 
 from __future__ import annotations
 
+import collections
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -127,6 +128,7 @@ def status(machine: Machine, hands: Mapping[int, Hand], *, now_s: float, deadlin
             }
             for worker in machine.holdings.workers.values()
         ],
+        "retiring": _retiring(machine),
         "connections": {
             "live": len(machine.ledger),
             "parked": sum(entry.standing is Standing.PARKED for entry in machine.ledger.entries.values()),
@@ -139,6 +141,33 @@ def status(machine: Machine, hands: Mapping[int, Hand], *, now_s: float, deadlin
         },
         "counters": dict(sorted(machine.holdings.counters.items())),
     }
+
+
+def _retiring(machine: Machine) -> list[dict[str, Any]]:
+    """Return each retiring generation with what keeps it alive, by kind and reason, the most first."""
+    holdings = machine.holdings
+    retiring = {w.id: w.generation for w in holdings.workers.values() if w.strength is Strength.RETIRING}
+    found: dict[int, collections.Counter[tuple[str, str]]] = {
+        number: collections.Counter() for number in retiring.values()
+    }
+    for worker, generation in retiring.items():
+        for entry in machine.ledger.of(worker):
+            if entry.standing is Standing.SERVED:
+                found[generation][kind_name(entry), holdings.kept.get(entry.cookie, "")] += 1
+    return [
+        {
+            "generation": generation,
+            "kept": [
+                {"kind": kind, "reason": reason, "connections": number}
+                for (kind, reason), number in counted.most_common()
+            ],
+        }
+        for generation, counted in sorted(found.items())
+    ]
+
+
+def kind_name(entry: Entry) -> str:
+    return entry.kind.name.lower()
 
 
 def _state(worker: Worker, hand: Hand | None) -> str:
@@ -161,6 +190,7 @@ def connection_object(entry: Entry, machine: Machine, listener: str, peer: str |
         "peer": peer,
         "worker": entry.owner,
         "generation": worker.generation if worker else None,
+        "kind": kind_name(entry),
         "state": entry.standing.value,
         "kept": machine.holdings.kept.get(entry.cookie),
     }

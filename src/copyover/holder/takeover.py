@@ -223,6 +223,8 @@ def _rows(view: messages.View, packet: Packet) -> list[events.Row]:
     check_cookies(view.cookie, packet.descriptors)
     if not set(view.standing) <= set(messages.Doing):
         raise WireError(f"it does {max(view.standing)} with a connection")
+    if not set(view.kind) <= set(messages.Kind):
+        raise WireError(f"it serves a connection as {max(view.kind)}")
     columns = zip(view.cookie, view.epoch, view.listener, view.standing, view.records(), packet.take(), strict=True)
     return [
         events.Row(cookie, epoch, listener, messages.Doing(doing), record, _is_current(doing, record, fd), fd)
@@ -302,7 +304,12 @@ def _made_of(arrival: Arrival) -> tuple[Hand, events.Report]:
     if hello is None or attach is None or channel is None:
         raise AssertionError("an arrival is complete")
     ready = messages.Ready(
-        application=attach.application, loop=attach.loop, writes=attach.writes, reads=attach.reads, shares=attach.shares
+        application=attach.application,
+        loop=attach.loop,
+        writes=attach.writes,
+        reads=attach.reads,
+        shares=attach.shares,
+        interface=attach.interface,
     )
     hand = Hand(
         hello.worker,

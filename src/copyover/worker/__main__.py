@@ -28,7 +28,7 @@ from copyover.worker.handlers import Handlers
 from copyover.worker.runtime import Equipment, Runtime, leave
 from copyover.worker.seeking import Identity
 from copyover.worker.served import Limits
-from copyover.worker.slot import Slots, register
+from copyover.worker.slot import Slots, register, reshape
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -110,9 +110,11 @@ async def _serve(start: Start, application: Application[Any] | Asgi, listeners: 
         writes=host.schema,
         reads=host.readable,
         shares=host.shares,
+        interface=host.interface,
     )
     identity = _identity(start, ready)
-    equipment = Equipment(identity, _slots(start.slots, host), host.enters_at_once, options.get("reenter_rate", 0.0))
+    slots = _slots(start.slots, host, is_shaped=options.get("slot_bytes") is not None)
+    equipment = Equipment(identity, slots, host.enters_at_once, float(options.get("reenter_rate") or 0))
     runtime = Runtime(loop, start.channel, host, listeners, equipment)
     loop.add_signal_handler(signal.SIGTERM, runtime.terminate)
     runtime.send(ready)
@@ -141,6 +143,11 @@ def _load(welcome: messages.Welcome) -> Application[Any] | Asgi:
 def _host(loop: asyncio.AbstractEventLoop, application: Application[Any] | Asgi, options: dict[str, Any]) -> Host:
     limits = _limits(options)
     if isinstance(application, Application):
+        if options.get("uvicorn") or options.get("resume"):
+            raise StartupFailed(
+                "options of uvicorn, or --resume, were given, and the application is a handler of copyover's own, "
+                "which uvicorn does not serve: leave them out, or say --interface asgi"
+            )
         return Handlers(loop, application, limits)
     from copyover.adapters.uvicorn import Uvicorn  # noqa: PLC0415  # handlers do without
 
@@ -183,6 +190,7 @@ def _identity(start: Start, ready: messages.Ready) -> Identity:
         writes=ready.writes,
         reads=ready.reads,
         shares=ready.shares,
+        interface=ready.interface,
         is_committed=False,
         is_leaving=False,
         names=start.welcome.names,
@@ -219,10 +227,12 @@ def _limits(options: dict[str, Any]) -> Limits:
     return Limits(**{name: value for name, value in options.items() if name in known})
 
 
-def _slots(descriptor: int | None, host: Host) -> Slots | None:
+def _slots(descriptor: int | None, host: Host, *, is_shaped: bool) -> Slots | None:
     if descriptor is None:
         return None
     try:
+        if host.slot_bytes is not None and not is_shaped:
+            reshape(descriptor, host.slot_bytes)
         return Slots(descriptor, host.encode_state, is_json=host.is_json, schema=host.schema)
     except (OSError, WireError) as problem:
         log.warning("event=slots problem=%r", f"connections are not saved: {problem}")

@@ -55,6 +55,7 @@ class Standing(enum.Enum):
     THAWED = "thawed"  # it has its record and is not adopted yet
 
 
+_RUNNING = (Standing.SERVING, Standing.FREEZING, Standing.HALTED)  # the holder has no record of these
 _WAITING = {Standing.FROZEN: messages.Doing.FROZE, Standing.THAWED: messages.Doing.WAITS}
 
 
@@ -63,10 +64,12 @@ class Seat:
     """One connection as this worker sees it."""
 
     standing: Standing
+    kind: messages.Kind = messages.Kind.HANDLER
     epoch: int = 0
     batch: int = 0
     is_cut: bool = False
     halted_ns: int = 0
+    was_ceded: bool = False  # if it came back nobody else can serve it: it stays
 
 
 class Agent:
@@ -89,6 +92,9 @@ class Agent:
         self._tombstones: set[int] = set()  # what has ended here since the move began
         self.is_committed = False  # told to serve, by other than a move that is still under way
         self.is_leaving = False
+        self._is_retiring = False  # by a commit
+        self._is_stopping = False
+        self._has_holder = True
 
     def handle(self, message: messages.Message, now_ns: int = 0) -> list[Effect]:
         """
@@ -105,15 +111,31 @@ class Agent:
 
     # ---- accepting
 
-    def accepted(self, cookies: Sequence[int], listener: int) -> list[Effect]:
+    def accepted(self, cookies: Sequence[int], listener: int, kind: messages.Kind) -> list[Effect]:
         """Take fresh connections in; the lend comes before their first read."""
         for cookie in cookies:
-            self.seats[cookie] = Seat(Standing.SERVING)
+            self.seats[cookie] = Seat(Standing.SERVING, kind)
         self.unacked.extend(cookies)
-        return [
-            Send(messages.Lend(cookie=tuple(chunk), listener=(listener,) * len(chunk)), tuple(chunk))
-            for chunk in _chunks(cookies, messages.MAX_DESCRIPTORS)
-        ]
+        effects: list[Effect] = []
+        for chunk in _chunks(cookies, messages.MAX_DESCRIPTORS):
+            rows = len(chunk)
+            lend = messages.Lend(cookie=tuple(chunk), listener=(listener,) * rows, kind=(kind,) * rows)
+            effects.append(Send(lend, tuple(chunk)))
+        return effects
+
+    def became(self, kinds: Mapping[int, messages.Kind]) -> list[Effect]:
+        """Tell the holder what these are served as from now on; of what is not served here its record tells."""
+        rows = []
+        for cookie, kind in kinds.items():
+            seat = self.seats.get(cookie)
+            if seat is not None and seat.standing in _RUNNING and seat.kind is not kind:
+                seat.kind = kind
+                rows.append((cookie, seat.epoch, kind))
+        effects: list[Effect] = []
+        for chunk in _chunks(rows, messages.MAX_ROWS):
+            cookies, epochs, told = zip(*chunk, strict=True)
+            effects.append(Send(messages.Became(cookie=cookies, epoch=epochs, kind=told)))
+        return effects
 
     def ended(self, hows: Mapping[int, messages.How]) -> list[Effect]:
         """Tell the holder which connections ended; to a freeze under way this is the answer."""
@@ -281,8 +303,8 @@ class Agent:
     ) -> list[Effect]:
         """The records that were asked for; those that cannot be taken go on here."""
         rows = [(cookie, record, self.seats[cookie]) for cookie, record in records.items()]
-        for _, _, seat in rows:
-            seat.standing = Standing.FROZEN
+        for _, record, seat in rows:
+            seat.standing, seat.kind = Standing.FROZEN, messages.Kind(record.kind)
         effects: list[Effect] = [
             Send(
                 messages.Frozen(
@@ -348,10 +370,51 @@ class Agent:
                 late.append(cookie)
         return [Withdraw(tuple(late))] if late else []
 
+    # ---- ceding
+
+    @property
+    def may_cede(self) -> bool:
+        """Whether another generation serves, and somebody would pass on to it what is given up here."""
+        return self._is_retiring and self._has_holder and not self._is_stopping
+
+    def is_cedable(self, cookie: int) -> bool:
+        """Whether this connection may be given up once it is at a boundary; never twice."""
+        seat = self.seats.get(cookie)
+        return self.may_cede and seat is not None and seat.standing is Standing.SERVING and not seat.was_ceded
+
+    def ceded(self, records: Mapping[int, messages.Record]) -> list[Effect]:
+        """
+        Give these up, which were kept and have stopped at a boundary: who serves takes them.
+
+        Until ``Discard`` they wait here; if nobody else can serve one it comes back, by ``Restore`` with UNSERVED.
+
+        Raises:
+            IllegalEvent: one is not cedable.
+
+        """
+        for cookie in records:
+            if not self.is_cedable(cookie):
+                raise IllegalEvent(f"connection {cookie} cannot be ceded: {self.seats.get(cookie)}")
+        rows = [(cookie, record, self.seats[cookie]) for cookie, record in records.items()]
+        for _, record, seat in rows:
+            seat.standing, seat.kind, seat.was_ceded = Standing.FROZEN, messages.Kind(record.kind), True
+        return [
+            Send(
+                messages.Cede(
+                    cookie=tuple([cookie for cookie, _, _ in rows[cut]]),
+                    epoch=tuple([seat.epoch for _, _, seat in rows[cut]]),
+                    **messages.record_columns([record for _, record, _ in rows[cut]]),
+                )
+            )
+            for cut in messages.record_chunks(list(records.values()), messages.MAX_DESCRIPTORS)
+        ]
+
     # ---- thawing
 
     def _thaw(self, message: messages.Thaw, _: int) -> list[Effect]:
         records = tuple(message.records())
+        if not set(message.kind) <= set(messages.Kind):
+            raise IllegalEvent(f"a connection is to be thawed as {max(message.kind)}, which is no kind")
         for cookie, epoch in zip(message.cookie, message.epoch, strict=True):
             seat = self.seats.get(cookie)
             if seat is None or seat.standing not in (Standing.STAGED, Standing.FROZEN) or epoch <= seat.epoch:
@@ -360,6 +423,8 @@ class Agent:
             seat = self.seats[cookie]
             seat.standing, seat.epoch, seat.halted_ns = Standing.THAWED, epoch, record.halted_ns
             seat.is_cut = bool(record.flags & messages.RecordFlag.CUT)
+            if not record.flags & messages.RecordFlag.UNSERVED:
+                seat.kind = messages.Kind(record.kind)
             self._thawed[cookie] = seat
         return [Restore(message.cookie, records)]
 
@@ -394,6 +459,7 @@ class Agent:
         Frozen and thawed connections wait: which of two workers serves them only a holder can say. A replacement that
         was given nothing yet is of no use to anybody.
         """
+        self._has_holder = False
         self._gathering = None
         self._waiting.clear()
         asked = (Standing.FREEZING, Standing.HALTED)
@@ -417,9 +483,13 @@ class Agent:
 
     def recalled(self, records: Mapping[int, messages.Record], listeners: Mapping[int, int]) -> list[Effect]:
         """A new holder asks for everything: *listeners* tells where each connection came from."""
+        self._has_holder = True
         self._acked = self._staged = 0
         self.unacked.clear()
-        rows = [(cookie, seat, records.get(cookie, messages.Record())) for cookie, seat in self.seats.items()]
+        rows = [
+            (cookie, seat, records.get(cookie) or messages.Record(kind=seat.kind))
+            for cookie, seat in self.seats.items()
+        ]
         effects: list[Effect] = []
         for cut in messages.record_chunks([record for _, _, record in rows], messages.MAX_DESCRIPTORS):
             cookies = tuple([cookie for cookie, _, _ in rows[cut]])
@@ -436,8 +506,10 @@ class Agent:
     # ---- the end of a move, the end of the worker
 
     def _commit(self, message: messages.Commit, _: int) -> list[Effect]:
-        self.is_leaving = True
-        return [*self._forget_copies(), MoveEnds(), Retire(message.drain_ms / 1000)]
+        # The second one is the drain limit's: what was ceded since the first waits on, for a drop or a thaw.
+        forgotten = [] if self._is_retiring else self._forget_copies()
+        self.is_leaving = self._is_retiring = True
+        return [*forgotten, MoveEnds(), Retire(message.drain_ms / 1000)]
 
     def _move_over(self, _message: messages.MoveOver, _: int) -> list[Effect]:
         self.is_committed = True
@@ -453,7 +525,7 @@ class Agent:
         return [Discard(gone)] if gone else []
 
     def _stop(self, message: messages.Stop, _: int) -> list[Effect]:
-        self.is_leaving = True
+        self.is_leaving = self._is_stopping = True
         return [Accept(is_on=False), StopServing(message.drain_ms / 1000)]
 
     # ---- the table

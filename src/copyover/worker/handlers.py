@@ -12,7 +12,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from copyover.errors import LimitExceeded, StartupFailed
-from copyover.messages import Record, RecordFlag
+from copyover.messages import Kind, Record, RecordFlag
 from copyover.worker.connection import Connection, current
 from copyover.worker.host import Host
 from copyover.worker.served import CannotFreeze, Course, Limits, Served
@@ -28,6 +28,7 @@ log = logging.getLogger("copyover.worker")
 
 class Handlers(Host):
     interface = "handler"
+    kind = Kind.HANDLER
 
     def __init__(self, loop: asyncio.AbstractEventLoop, application: Application[Any], limits: Limits) -> None:
         self._loop = loop

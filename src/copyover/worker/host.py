@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from copyover.messages import Act, Record
+    from copyover.messages import Act, Kind, Record
     from copyover.worker.served import Served
     from copyover.worker.transport import Transport
 
@@ -28,16 +28,18 @@ class Host(abc.ABC):
     """
 
     interface: ClassVar[str]
+    kind: ClassVar[Kind]  # of a fresh connection
     is_json: bool  # its states are JSON, unless the application has its own way
     schema: int
     readable: list[int]
     shares: bool
     enters_at_once: int = sys.maxsize  # how many may be at their top at a time
+    slot_bytes: int | None = None  # what a slot takes, unless an operator says; None is what the holder made
 
     forward: Callable[[int, Act, bytes], bool]
     left: Callable[[], None]
-    became: Callable[[Served], None] = staticmethod(lambda _: None)
-    cede: Callable[[Served], None] = staticmethod(lambda _: None)
+    became: Callable[[Served], None]
+    cede: Callable[[Served], None]
 
     @property
     def is_busy(self) -> bool:

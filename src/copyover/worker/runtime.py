@@ -71,7 +71,7 @@ class Runtime:
         self._seeker = Seeker(loop, equipment.identity, self._attach)
         self._channel: Channel | None = channel
         self._host = host
-        host.forward, host.left = self._forward, self._leave_if_done
+        host.forward, host.left, host.became, host.cede = self._forward, self._leave_if_done, self._became, self._cede
         # Of the listeners; of some there are connections only.
         self._names = {int(number): name for number, name in self._identity.attach.names.items()}
         self._numbers: dict[int, int] = {}  # of the listener that each connection came by
@@ -272,7 +272,8 @@ class Runtime:
         fresh = [self._build(sock, cookie_of(sock), listener) for sock in socks]
         for connection in fresh:
             self._take_slot(connection, 0, messages.Record(flags=messages.RecordFlag.FRESH))
-        self._perform(self._agent.accepted([connection.cookie for connection in fresh], listener))
+        cookies = [connection.cookie for connection in fresh]
+        self._perform(self._agent.accepted(cookies, listener, self._host.kind))
 
     def _build(self, sock: socket.socket, cookie: int, number: int) -> Served:
         self._numbers[cookie] = number
@@ -294,6 +295,26 @@ class Runtime:
             connection = self._connections[cookie]
             connection.transport.start()
             self._host.enter(connection)
+
+    def _became(self, connection: Served) -> None:
+        """It is served as something else than before."""
+        self._flush_ended()
+        self._perform(self._agent.became({connection.cookie: connection.kind}))
+
+    def _cede(self, connection: Served) -> None:
+        """It stayed behind, and stands at a boundary now: who serves may have it."""
+        if not self._agent.is_cedable(connection.cookie) or not connection.is_at_boundary:
+            return
+        connection.ask_to_halt(_nothing)
+        self._flush_ended()
+        try:
+            state = self._host.encode_state(connection.state)
+            record = connection.export(schema=self._host.schema, state=state)
+        except Exception as problem:  # noqa: BLE001  # whatever encode raises keeps the connection here
+            log.warning("connection=%d stays: %s", connection.cookie, _sentence(problem))
+            connection.go_on()
+        else:
+            self._perform(self._agent.ceded({connection.cookie: record}))
 
     def _forward(self, cookie: int, act: messages.Act, data: bytes) -> bool:
         """Pass on what was done to a connection that has moved; False if there is nobody to pass it to."""
@@ -344,6 +365,8 @@ class Runtime:
         self._is_leaving = True
         self._acceptor.close()
         self._loop.call_later(drain_s, self._end_all, messages.How.EXPIRED)
+        for connection in list(self._connections.values()):
+            connection.settle()
         self._leave_if_done()
 
     def _stop_serving(self, drain_s: float) -> None:

@@ -133,6 +133,9 @@ class Served(abc.ABC):
     def _changed(self) -> None:
         """Input came, the peer ended, or unsent bytes left."""
 
+    def settle(self) -> None:
+        """Do what waits for a boundary, if this is one."""
+
     # ---- halting
 
     def ask_to_halt(self, on_halt: Callable[[], None]) -> bool:
