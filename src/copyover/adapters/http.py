@@ -61,6 +61,8 @@ class Http(Adapter):
         self._keep_alive_s: float | None = None
         self._frozen: bytes | Exception = b""
         self._quiet_turns = 0
+        self._turning: asyncio.Handle | None = None
+        self._is_quiet = False
 
     @property
     def _face(self) -> Face:
@@ -150,7 +152,8 @@ class Http(Adapter):
     def answered(self) -> None:
         """The response is complete; the next request may come, or a reload."""
         hosted = self._face.hosted
-        self._became(Kind.HTTP)
+        if self.kind is not Kind.HTTP:
+            self._became(Kind.HTTP)
         hosted.settle()
         if hosted.transport.input:
             hosted.settle_soon()
@@ -161,17 +164,17 @@ class Http(Adapter):
 
     def wrote(self, data: bytes | bytearray | memoryview) -> None:
         """Note that something of a response is on its way; its head comes first, and alone."""
-        self._quiet_turns = 0
         if self._response_head is None and self.cycle is not None and self.cycle.response_started:
             self._response_head = bytes(data).lower()
         if self._visit is not None and self._visit.is_resumable and self._why_no_stream() is None:
             self._became(Kind.STREAM)
+            self._await_quiet()
 
     # ---- freezing
 
     def can_freeze(self) -> str | None:
         if self._is_answering:
-            return self._why_no_stream() or ("it may be sending" if self._quiet_turns < _QUIET_TURNS else None)
+            return self._why_no_stream() or (None if self._is_quiet else "it may be sending")
         if self._body:
             return "the rest of a request is still to come"
         return None
@@ -198,19 +201,26 @@ class Http(Adapter):
         return None
 
     def asked(self) -> None:
-        """Wait until nothing is under way between the application and us, to halt there."""
-        self._quiet_turns = 0
         if self._is_answering and self._why_no_stream() is None:
-            asyncio.get_running_loop().call_soon(self._turn)
+            self._await_quiet()
+
+    def _await_quiet(self) -> None:
+        """Have a boundary once nothing is on its way any more between the application and us."""
+        self._quiet_turns = 0
+        if self._turning is None:
+            self._turning = asyncio.get_running_loop().call_soon(self._turn)
 
     def _turn(self) -> None:
-        if not self._face.hosted.is_asked or not self._is_answering or self._why_no_stream() is not None:
-            return
+        self._turning = None
         self._quiet_turns += 1
-        if self._quiet_turns >= _QUIET_TURNS:
-            self._face.hosted.settle()
-        else:
-            asyncio.get_running_loop().call_soon(self._turn)
+        if not self._is_answering or self._why_no_stream() is not None:
+            return
+        if self._quiet_turns < _QUIET_TURNS:
+            self._turning = asyncio.get_running_loop().call_soon(self._turn)
+            return
+        self._is_quiet = True
+        self._face.hosted.settle()
+        self._is_quiet = False  # in the next turn it may be sending
 
     def halted(self) -> None:
         loop = asyncio.get_running_loop()
@@ -250,7 +260,12 @@ class Http(Adapter):
         return self._frozen
 
     def snapshot(self) -> bytes:
-        return _IDLE
+        if not self._is_answering:
+            return _IDLE
+        found = self._stream_state()
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def thaw(self, state: bytes) -> None:
         if state[:1] == _STREAM:

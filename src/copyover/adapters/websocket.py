@@ -142,8 +142,6 @@ class WebSocket(Adapter, WebSocketsSansIOProtocol):
             self._is_again = False
             return
         await super().send(message)
-        if self._is_parked:
-            self._face.hosted.settle_soon()
 
     async def _wait_at_gate(self) -> None:
         """Senders wait until it is known who serves; those of the application's own entry for ever, if it moved."""
@@ -155,10 +153,6 @@ class WebSocket(Adapter, WebSocketsSansIOProtocol):
                     await asyncio.get_running_loop().create_future()
                 self._host.count_late_send()
                 raise
-
-    def send_keepalive_ping(self) -> None:
-        super().send_keepalive_ping()
-        self._face.hosted.settle()
 
     # ---- freezing
 

@@ -94,6 +94,7 @@ class Hosted(Served):
     """One connection of a server's protocol objects. It is at a boundary where its protocol can freeze."""
 
     __slots__ = (
+        "_flushing",
         "_host",
         "_is_busy",
         "_is_lost",
@@ -128,6 +129,7 @@ class Hosted(Served):
         self._is_muted = False
         self._is_lost = False
         self._poke: asyncio.Handle | None = None
+        self._flushing: asyncio.Handle | None = None
 
     # ---- boundaries
 
@@ -161,6 +163,8 @@ class Hosted(Served):
         """Something has happened: see whether this is a boundary now, and do what waits for one."""
         if self._course not in (Course.RUNNING, Course.ASKED) or self.is_left or self.protocol is None:
             return
+        if self._transport.output:
+            self._transport.flush()
         if self._transport.is_eof and self._may_end:
             self.close()  # as asyncio does where eof_received() returns nothing
         if not self.is_at_boundary:
@@ -256,11 +260,21 @@ class Hosted(Served):
     def write(self, data: bytes | bytearray | memoryview) -> None:
         if self._is_muted or self.is_left:
             return
-        self._transport.write(data)
+        self._transport.keep(data)
+        if self._flushing is None:
+            self._flushing = self._loop.call_soon(self._flush_soon)
         self.protocol.wrote(data)
         if not self.is_full and len(self._transport.output) > HIGH_WATER_BYTES:
             self.is_full = True
             self.protocol.pause_writing()
+
+    def _flush_soon(self) -> None:
+        self._flushing = None
+        self.settle()
+
+    def flush(self) -> None:
+        """Send now what is to be sent at the end of this turn of the loop."""
+        self._transport.flush()
 
     def mute(self, *, is_muted: bool) -> None:
         """Discard what is written: the client has it."""
@@ -293,6 +307,7 @@ class Hosted(Served):
     def close(self) -> None:
         """Send what is unsent, then FIN; the protocol hears of it once its bytes are on their way."""
         if not self.is_left and self._course is not Course.FROZEN:
+            self._transport.flush()
             self.leave()
             self._loop.call_soon(self._lose, None)
 

@@ -156,6 +156,31 @@ class Transport:
             self.output += memoryview(data)[sent:]
             self._watch_output()
 
+    def keep(self, data: bytes | bytearray | memoryview) -> None:
+        """Take *data*, and send it with the next ``flush``: two small pieces in one system call."""
+        if self.error is None and self.phase is Phase.OPEN:
+            self.output += data
+
+    def flush(self) -> None:
+        """Send what is kept, as far as the kernel takes it; nobody is told, other than that the connection broke."""
+        if not self.output or self._has_writer or not self._is_running or self.error is not None:
+            return
+        if self.mark is not None:
+            self.mark()
+        try:
+            sent = self.socket.send(self.output)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError as problem:
+            self._lose(problem)
+            return
+        self.sent += sent
+        if sent == len(self.output):
+            self.output.clear()
+        else:
+            del self.output[:sent]
+            self._watch_output()
+
     def finish(self) -> None:
         """Send what is unsent, then FIN, wait for the peer's, close."""
         if self.phase is not Phase.OPEN:
@@ -165,6 +190,8 @@ class Transport:
             self.close()
         elif self._is_running and not self.output:
             self._shut_down()
+        elif self._is_running:
+            self._watch_output()
 
     def abort(self) -> None:
         """Send RST at once and close; unsent bytes are gone."""
