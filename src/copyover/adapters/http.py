@@ -29,6 +29,9 @@ _IDLE = b"h"  # a state's first byte: between two requests, with what is left of
 _STREAM = b"s"  # in the middle of a response without end
 _QUIET_TURNS = 12  # of the loop: what an application has sent may pass through a few tasks of its middleware
 
+# What is touched of uvicorn's protocol objects.
+PARTS = ("app", "connections", "cycle", "flow", "limit_concurrency", "timeout_keep_alive_task", "transport")
+
 Message = Any
 
 

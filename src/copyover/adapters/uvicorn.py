@@ -73,6 +73,7 @@ class Uvicorn(Host):
         self._config = self._configure(dict(options.get("uvicorn") or {}))
         self._server: uvicorn.Server
         self._make: Callable[..., Any]
+        self._moves_websockets = False
         self._ticking: asyncio.Task[None] | None = None
 
     # ---- start and stop
@@ -103,12 +104,26 @@ class Uvicorn(Host):
         if not self._is_live:
             self._make = config.http_protocol_class
         self._server = uvicorn.Server(config)
+        self._check_parts()
         self._server.lifespan = config.lifespan_class(config)
         await self._server.lifespan.startup()
         if self._server.lifespan.should_exit:
             raise StartupFailed("the application's lifespan failed at its start")
         self._ticking = self._loop.create_task(self._tick())
         await asyncio.sleep(0)  # its first turn makes the headers of every response
+
+    def _check_parts(self) -> None:
+        """Make one of each, before anything depends on it."""
+        if not self._is_live:
+            return
+        from copyover.adapters import http  # noqa: PLC0415
+
+        given = self._given({})
+        versions.check_parts(self._make(**given), http.PARTS)
+        if self._moves_websockets:
+            from copyover.adapters import websocket  # noqa: PLC0415
+
+            versions.check_parts(self._config.ws_protocol_class(**given), websocket.PARTS)  # type: ignore[misc]
 
     def _adapt(self, config: uvicorn.Config) -> None:
         """Have our classes serve, in the place of those that they are made of."""
@@ -131,6 +146,7 @@ class Uvicorn(Host):
 
             # A callable serves as well as a class: it is only called.
             config.ws = functools.partial(WebSocket, self)  # type: ignore[assignment]
+            self._moves_websockets = True
 
     async def _tick(self) -> None:
         while True:
@@ -156,17 +172,17 @@ class Uvicorn(Host):
         served.begin(self._protocol_for(served.brought))
 
     def _protocol_for(self, state: bytes) -> Any:
-        given = {
-            "config": self._config,
-            "server_state": self._server.server_state,
-            "app_state": self._server.lifespan.state,
-            "_loop": self._loop,
-        }
+        given = self._given(self._server.lifespan.state)
         if not self._is_live:
             return Staying(self._make(**given), "the listeners only pass from release to release here (--handoff)")
-        if state[:1] == b"w":
+        if _is_websocket(state):
             return self._config.ws_protocol_class(**given)  # type: ignore[misc]  # it was there for its state
         return self._make(**given)
+
+    def _given(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return what uvicorn's protocol classes are called with."""
+        server_state = self._server.server_state
+        return {"config": self._config, "server_state": server_state, "app_state": state, "_loop": self._loop}
 
     @property
     def is_busy(self) -> bool:
@@ -214,13 +230,15 @@ class Uvicorn(Host):
 
     def _check(self, state: bytes) -> None:
         """See that this release can go on from *state*; CannotFreeze if not."""
-        from copyover.adapters import http, websocket  # noqa: PLC0415  # a release that reads it has them
+        from copyover.adapters import http  # noqa: PLC0415  # a release that reads it has it
 
-        if not websocket.is_state(state):
+        if not _is_websocket(state):
             http.check(state)
-        elif self._config.ws_protocol_class is None:
+        elif not self._moves_websockets:
             raise CannotFreeze("this release serves no WebSockets (--ws none, or websockets is not installed)")
         else:
+            from copyover.adapters import websocket  # noqa: PLC0415
+
             websocket.check(state)
 
     # ---- what the application shares
@@ -244,3 +262,7 @@ class Uvicorn(Host):
                 reads = ", ".join(map(str, sorted(share.reads)))
                 raise CannotFreeze(f"the incumbent shares version {version}, this release reads {reads}")
             share.import_(json.loads(part[5:]) if part[4:5] == _JSON else part[5:])
+
+
+def _is_websocket(state: bytes) -> bool:
+    return state[:1] == b"w"

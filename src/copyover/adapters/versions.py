@@ -9,12 +9,16 @@ from __future__ import annotations
 import importlib.metadata
 import re
 import sys
+from typing import TYPE_CHECKING
 
 from copyover.errors import StartupFailed
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 # Tried with the tests: from the first, below the second. The extra copyover[uvicorn] says the same.
 KNOWN: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    "uvicorn": ((0, 50), (0, 55)),
+    "uvicorn": ((0, 52, 4), (0, 55)),
     "websockets": ((15,), (18,)),
 }
 
@@ -50,6 +54,22 @@ def check() -> None:
                 f"are. Install one of those (pip install 'copyover[uvicorn]'), or say --handoff listeners: then the "
                 f"listeners pass from release to release, and each connection ends in the release that accepted it"
             )
+
+
+def check_parts(made: object, names: Iterable[str]) -> None:
+    """
+    See that a protocol object of uvicorn has what the adapter touches.
+
+    Raises:
+        StartupFailed: it lacks something.
+
+    """
+    missing = [name for name in names if not hasattr(made, name)]
+    if missing:
+        raise StartupFailed(
+            f"uvicorn {_installed('uvicorn')} is not what it says, or was changed: its {type(made).__name__} has no "
+            f"{', '.join(missing)}. Install it anew, or say --handoff listeners"
+        )
 
 
 def _installed(name: str) -> str | None:

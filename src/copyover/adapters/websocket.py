@@ -33,6 +33,22 @@ if TYPE_CHECKING:
     from copyover.adapters.uvicorn import Uvicorn
     from copyover.worker.hosted import Face
 
+# What is touched of uvicorn's protocol objects, and of the websockets connection in them.
+PARTS = (
+    *(
+        "app",
+        "close_sent",
+        "config",
+        "conn",
+        "connections",
+        "disconnected",
+        "handshake_complete",
+        "handshake_initiated",
+    ),
+    *("last_ping_rtt", "pending_ping_payload", "ping_interval", "ping_sent_at", "ping_timeout", "ping_timer"),
+    *("pong_timer", "queue", "transport"),
+)
+
 _STATE = struct.Struct(">cIII")  # its kind, and the lengths of: what is said of it, the application's state, the head
 _KIND = b"w"
 _UNSAID = "its application has not said that it can be entered again"
@@ -259,10 +275,6 @@ class WebSocket(Adapter, WebSocketsSansIOProtocol):
     @property
     def visit(self) -> Visit | None:
         return self._visit
-
-
-def is_state(state: bytes) -> bool:
-    return state[:1] == _KIND
 
 
 def check(state: bytes) -> None:
