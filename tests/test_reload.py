@@ -839,6 +839,16 @@ def test_what_a_bake_does_not_wait_for_holds_up_the_next_change() -> None:
     story.expects(Phase.STAGING)
 
 
+def test_what_is_ceded_and_has_no_listener_any_more_is_closed() -> None:
+    """A roll-back took its listener away: who serves does not know it. Its ceder closes its copy too."""
+    story = to_kept(10)
+    story.machine.holdings.withdrawn.add(0)
+    story.cede(1, 10)
+    assert story.of(events.Close) == [events.Close(1010)]
+    assert story.sent(1) == [messages.Drop(cookie=(10,))]
+    assert not story.sent(2)
+
+
 def test_only_who_retires_may_cede() -> None:
     """From a worker of the generation that serves it breaks the protocol; what a killed one had sent still counts."""
     story = to_kept(10)
@@ -908,6 +918,7 @@ def test_what_was_on_its_way_back_is_entered_while_a_change_is_rolled_back() -> 
     assert story.killed == {1}
     story.dies(1)
     assert kinds(story.sent(2)) == ["Stage", "Thaw", "Enter"]
+    assert story.machine.holdings.kept == {}
     story.adopted(2, 10, epoch=3)
     assert story.result.outcome is Outcome.ROLLED_BACK
 
