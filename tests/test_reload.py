@@ -14,7 +14,7 @@ from copyover.errors import IllegalEvent
 from copyover.events import Died, FromWorker, Outcome, StopAsked, TimerFired
 from copyover.holdings import MAX_BACKOFF_S, Holdings, Strength
 from copyover.ledger import Ledger, Standing
-from copyover.messages import Kind, RecordFlag
+from copyover.messages import Doing, Kind, RecordFlag
 from copyover.move import ROLLING_BATCH, Move
 from copyover.parking import Parking
 from copyover.reload import Machine
@@ -839,6 +839,16 @@ def test_what_a_bake_does_not_wait_for_holds_up_the_next_change() -> None:
     story.expects(Phase.STAGING)
 
 
+def test_what_is_ceded_and_has_no_listener_any_more_is_closed() -> None:
+    """A roll-back took its listener away: who serves does not know it. Its ceder closes its copy too."""
+    story = to_kept(10)
+    story.machine.holdings.withdrawn.add(0)
+    story.cede(1, 10)
+    assert story.of(events.Close) == [events.Close(1010)]
+    assert story.sent(1) == [messages.Drop(cookie=(10,))]
+    assert not story.sent(2)
+
+
 def test_only_who_retires_may_cede() -> None:
     """From a worker of the generation that serves it breaks the protocol; what a killed one had sent still counts."""
     story = to_kept(10)
@@ -856,6 +866,61 @@ def test_a_ceded_connection_that_ends_takes_its_copy_along() -> None:
     story.cede(1, 10)
     story.release(2, 10, epoch=1)
     assert story.sent(1) == [messages.Drop(cookie=(10,))]
+
+
+def report(worker: int, generation: int, *rows: tuple[int, int, Doing], is_leaving: bool = False) -> events.Report:
+    """Generations up to 2 are committed; *rows* are cookie, epoch and what the worker does."""
+    found = [
+        events.Row(cookie, epoch, 0, doing, messages.Record(schema=1, state=b"viewed"), True, 100 * worker + cookie)
+        for cookie, epoch, doing in rows
+    ]
+    return events.Report(worker, generation, READY, generation <= 2, is_leaving, found, [])
+
+
+def reunited(*reports: events.Report) -> Story:
+    story = Story()
+    story.machine = Machine()
+    story.handle(events.Reunited(events.Reload(0, 0, 1, "auto", 60.0), reports))
+    return story
+
+
+def test_a_new_holder_goes_on_with_what_was_ceded() -> None:
+    """Its ceder says that it waits, frozen; it can still go back, and its very coroutine goes on."""
+    story = reunited(report(1, 1, (10, 0, Doing.FROZE), is_leaving=True), report(2, 2))
+    assert story.sent_one(2, messages.Thaw).state == (b"viewed",)
+    story.refused(2, 10, epoch=1)
+    assert story.sent_one(1, messages.Thaw).flags == (RecordFlag.UNSERVED,)
+
+
+def test_a_new_holder_goes_on_from_the_record_where_others_may_have_served() -> None:
+    """Two thaws lie between who ceded it and who has it now: the coroutine there may be of the past."""
+    story = reunited(report(1, 1, (10, 0, Doing.FROZE), is_leaving=True), report(2, 2, (10, 2, Doing.WAITS)))
+    assert kinds(story.sent(2))[:2] == ["Enter", "Enter"]
+    story.refused(2, 10, epoch=2)
+    assert story.sent_one(1, messages.Thaw).state == (b"viewed",)
+
+
+def test_a_new_holder_has_a_stale_copy_dropped() -> None:
+    """Somebody has adopted it since: who ceded it need not wait."""
+    story = reunited(report(1, 1, (10, 0, Doing.FROZE), is_leaving=True), report(2, 2, (10, 1, Doing.SERVES)))
+    assert story.sent_one(1, messages.Drop).cookie == (10,)
+    assert story.standing(10) == (2, Standing.SERVED)
+
+
+def test_what_was_on_its_way_back_is_entered_while_a_change_is_rolled_back() -> None:
+    """By its ceder, which is killed if it does not answer."""
+    story = reunited(report(1, 1, (10, 2, Doing.WAITS), is_leaving=True), report(2, 2), report(3, 3))
+    story.expects(Phase.ROLLING_BACK)
+    assert kinds(story.sent(1)) == ["Enter", "Enter"]
+    story.off(3)
+    story.expects(Phase.ROLLING_BACK)
+    story.handle(TimerFired("change"))
+    assert story.killed == {1}
+    story.dies(1)
+    assert kinds(story.sent(2)) == ["Stage", "Thaw", "Enter"]
+    assert story.machine.holdings.kept == {}
+    story.adopted(2, 10, epoch=3)
+    assert story.result.outcome is Outcome.ROLLED_BACK
 
 
 # ---- what a connection is served as

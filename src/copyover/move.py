@@ -320,8 +320,7 @@ class Move:
 
     def _unstage(self, entries: Iterable[Entry]) -> None:
         """It became part of a cut after it was built elsewhere: it belongs to the others of its worker."""
-        copies = [(entry.moving.staged_in, entry) for entry in entries if entry.moving.staged_in != entry.moving.origin]
-        built = [(worker, entry.cookie) for worker, entry in copies if worker in self.replacements]
+        built = [(e.moving.staged_in, e.cookie) for e in entries if e.moving.staged_in in self.replacements]
         for _, cookie in built:
             self._ledger.unstage(cookie)
         self._holdings.drop(built)
