@@ -276,7 +276,7 @@ def compression() -> Iterator[Case]:
     parts = pieces_of(deflater.message(data), 128)
     answer = (Frame(Op.TEXT, data, rsv1=True),)
     yield Case("12.6", "compressed, in pieces", (fragments(Op.TEXT, parts, rsv=4),), answer, offer=DEFLATE)
-    yield Case("12.7", "pings between", (fragments(Op.TEXT, parts[:5] + [b"".join(parts[5:])], PING, rsv=4),),
+    yield Case("12.7", "pings between", (fragments(Op.TEXT, [*parts[:5], b"".join(parts[5:])], PING, rsv=4),),
                (*[PONG] * 5, *answer), offer=DEFLATE)  # fmt: skip
     yield from compressed_wrongly()
 

@@ -50,7 +50,13 @@ class Frame:
 
 
 def frame(
-    op: int, payload: bytes = b"", *, fin: bool = True, rsv: int = 0, mask: bytes | None = MASK, length: int | None = None
+    op: int,
+    payload: bytes = b"",
+    *,
+    fin: bool = True,
+    rsv: int = 0,
+    mask: bytes | None = MASK,
+    length: int | None = None,
 ) -> bytes:
     """Return the bytes of one frame; *length* lies about the payload's, or spells it longer than need be."""
     stated = len(payload) if length is None else length
