@@ -14,14 +14,17 @@ from clients import DEADLINE_S
 from gates import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from copyover.testing import ReloadResult, Server, Servers
 
 APPS = "tests/apps"
-SOON = {"gather_s": 0.1, "boundary_s": 0.3}  # who reaches no boundary is kept, and the test does not wait long for it
-PATIENT = {"gather_s": 60.0, "boundary_s": 60.0}  # a test lets it reach its boundary
+SOON: dict[str, Any] = {
+    "gather_s": 0.1,
+    "boundary_s": 0.3,
+}  # who reaches no boundary is kept, and the test does not wait long for it
+PATIENT: dict[str, Any] = {"gather_s": 60.0, "boundary_s": 60.0}  # a test lets it reach its boundary
 
 EVERY_LOOP = pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 EVERY_STACK = pytest.mark.parametrize(
@@ -31,13 +34,21 @@ BOTH_PARSERS = pytest.mark.parametrize(("http", "loop"), [("httptools", "uvloop"
 
 
 def serve(
-    servers: Servers, app: str = "asgi_raw:app", *, http: str = "httptools", loop: str = "uvloop", **config: Any
+    servers: Servers,
+    app: str = "asgi_raw:app",
+    *,
+    http: str = "httptools",
+    loop: str = "uvloop",
+    chdir: str = APPS,
+    name: str = "test",
+    uvicorn: Mapping[str, object] | None = None,
+    **config: Any,
 ) -> Server:
-    """Start *app* of tests/apps; a client may be idle for as long as a slow machine makes it."""
+    """Start *app*; a client may be idle for as long as a slow machine makes it."""
     if loop == "uvloop":
         pytest.importorskip("uvloop", reason="the extra uvloop is not installed")
-    options = {"uvicorn.http": http, "uvicorn.timeout_keep_alive": 600, "chdir": APPS} | config
-    return servers(app, chdir=options.pop("chdir"), loop=loop, config=options)
+    options = {"http": http, "timeout_keep_alive": 600} | dict(uvicorn or {})
+    return servers(app, chdir=chdir, loop=loop, name=name, config={"uvicorn": options, **config})
 
 
 class Deployment:

@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -81,7 +81,7 @@ def test_a_connection_that_has_not_asked_yet_moves(copyover_server: Servers) -> 
 @BOTH_PARSERS
 def test_the_keep_alive_timeout_goes_on(copyover_server: Servers, http: str, loop: str) -> None:
     """Who says nothing more is closed after --timeout-keep-alive, also behind a move; a client that asks is not."""
-    server = serve(copyover_server, http=http, loop=loop, **{"uvicorn.timeout_keep_alive": 2})
+    server = serve(copyover_server, http=http, loop=loop, uvicorn={"timeout_keep_alive": 2})
     with HttpClient(server.address) as idle:
         assert idle.get("/who").status == 200
         assert server.reload().assert_lossless().moved == 1
@@ -266,7 +266,7 @@ def test_a_request_that_takes_longer_than_any_limit(
 @EVERY_STACK
 @pytest.mark.parametrize("pace", [SOON, PATIENT], ids=["kept", "waited for"])
 def test_ten_requests_at_once_of_which_the_first_is_slow(
-    copyover_server: Servers, tmp_path: Path, http: str, loop: str, pace: dict[str, float]
+    copyover_server: Servers, tmp_path: Path, http: str, loop: str, pace: dict[str, Any]
 ) -> None:
     """Each is answered once and in order, whoever answers it; none before the first."""
     server = serve(copyover_server, http=http, loop=loop, **pace)
@@ -288,7 +288,8 @@ def test_ten_requests_at_once_of_which_the_first_is_slow(
 
 async def hammer(address: tuple[str, int], name: str, log: Path, stop: asyncio.Event) -> list[str]:
     """Send batches of numbered requests on one connection until told to stop; return the ids, in order."""
-    chance, ids = random.Random(name), []
+    chance = random.Random(name)
+    ids: list[str] = []
     reader, writer = await asyncio.open_connection(*address)
     while not stop.is_set():
         batch = [f"{name}.{len(ids) + at}" for at in range(chance.randint(1, 4))]
@@ -377,12 +378,12 @@ def test_curl_keeps_its_connection_over_a_request_in_flight(
     """The second address is fetched over the connection of the first, which the reload has outrun."""
     server = serve(copyover_server, http=http, loop=loop, **SOON)
     url = "http://{}:{}".format(*server.address)
-    with Gate(tmp_path / "gate") as gate:
-        with curl(f"{url}/count?id=1&log={tmp_path}/log&gate={gate.path}", f"{url}/who") as client:
-            gate.wait_reached()
-            server.reload().assert_lossless()
-            gate.open()
-            told, _ = client.communicate()
+    path = f"/count?id=1&log={tmp_path}/log&gate={tmp_path}/gate"
+    with Gate(tmp_path / "gate") as gate, curl(url + path, f"{url}/who") as client:
+        gate.wait_reached()
+        server.reload().assert_lossless()
+        gate.open()
+        told, _ = client.communicate()
     first, second = re.findall(r"^(\d+) (\d+) (\d+)$", told, re.MULTILINE)
     assert (first[:2], second[:2]) == (("200", "1"), ("200", "0"))
     assert first[2] == second[2]

@@ -47,7 +47,9 @@ async def chat(exchange: Callable[[str], Awaitable[str]], name: str, news: async
     """Say one thing after another, most of it said before; check number and text of each answer. How many."""
     chance, said, due = random.Random(name), [name], 0
     while not news.is_set():
-        text = chance.choice(said) if chance.random() < 0.7 else f"{name} {prose(chance.choice((5, 200, 3000))).decode()}"
+        text = (
+            chance.choice(said) if chance.random() < 0.7 else f"{name} {prose(chance.choice((5, 200, 3000))).decode()}"
+        )
         said = [*said[-20:], text]
         due += 1
         number, _, rest = (await exchange(text)).split(" ", 2)
@@ -217,7 +219,7 @@ def test_megabytes_that_a_slow_reader_has_not_taken(copyover_server: Servers) ->
 @EVERY_LOOP
 def test_a_ping_of_the_server_before_and_its_pong_after(copyover_server: Servers, loop: str) -> None:
     """The replacement knows which pong is due, and goes on pinging; nobody is taken for dead."""
-    server = serve(copyover_server, loop=loop, **{"uvicorn.ws_ping_interval": 0.3, "uvicorn.ws_ping_timeout": 3})
+    server = serve(copyover_server, loop=loop, uvicorn={"ws_ping_interval": 0.3, "ws_ping_timeout": 3})
     with WebSocketClient(server.address, "/echo") as client:
         for _ in range(3):
             ping = client.receive_frame()
@@ -235,7 +237,7 @@ def test_a_ping_of_the_server_before_and_its_pong_after(copyover_server: Servers
 
 def test_who_does_not_answer_a_ping_is_closed_also_after_a_move(copyover_server: Servers) -> None:
     """The deadline of a pong goes along: 1011, as under uvicorn alone."""
-    server = serve(copyover_server, **{"uvicorn.ws_ping_interval": 0.3, "uvicorn.ws_ping_timeout": 2})
+    server = serve(copyover_server, uvicorn={"ws_ping_interval": 0.3, "ws_ping_timeout": 2})
     with WebSocketClient(server.address, "/echo") as client:
         ping = client.receive_frame()
         assert ping is not None
@@ -321,7 +323,7 @@ def test_the_application_closes_after_a_move(copyover_server: Servers) -> None:
 
 def test_the_scope_is_the_same_after_a_move(copyover_server: Servers) -> None:
     """Path, query, headers, client, subprotocols: an application that is entered again sees its handshake."""
-    server = serve(copyover_server, **{"uvicorn.root_path": "/api"})
+    server = serve(copyover_server, uvicorn={"root_path": "/api"})
     headers = "Sec-WebSocket-Protocol: one, two\r\nCookie: who=anna\r\n"
     with WebSocketClient(server.address, "/scope?a=%C3%A4&b=2", headers=headers) as client:
         assert "sec-websocket-protocol: two" in client.answer.lower()
@@ -418,9 +420,7 @@ def test_what_stays_is_closed_at_the_drain_limit(copyover_server: Servers) -> No
 
 
 @pytest.mark.parametrize(("wish", "reason"), [("set", "set"), ("large 40000000", "quota")])
-def test_a_state_that_cannot_travel_stays_with_its_connection(
-    copyover_server: Servers, wish: str, reason: str
-) -> None:
+def test_a_state_that_cannot_travel_stays_with_its_connection(copyover_server: Servers, wish: str, reason: str) -> None:
     """Not serialisable, or too large: never a state that comes out other than it went in; the log names it."""
     server = serve(copyover_server, **SOON)
     with WebSocketClient(server.address, "/odd-state") as odd, WebSocketClient(server.address, "/odd-state") as even:

@@ -91,9 +91,10 @@ def reference() -> dict[str, Outcome]:
 def moved(request: pytest.FixtureRequest) -> Iterator[tuple[dict[str, Outcome], dict[str, Outcome]]]:
     """Tell what a connection does whose last step came after the move, and one whose last step was cut by it."""
     servers = Servers(request.config.rootpath)
-    config = {"uvicorn.ws_ping_interval": 1000}
+    config = {"uvicorn": {"ws_ping_interval": 1000}}
     try:
         server = servers(APP, chdir=APPS, loop=request.param, config=config)
+        server.expect_errors = True  # uvicorn logs the traceback of text that is not UTF-8
 
         def reload_all() -> None:
             result = server.reload().assert_lossless()

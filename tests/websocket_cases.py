@@ -306,7 +306,7 @@ def compressed_wrongly() -> Iterator[Case]:
     # Nothing was said of the client's window: it has 32 KiB, and the server must remember as much.
     far = noise(20_000)
     deflater = Deflater(15)
-    steps = (packed(deflater, far, Op.BINARY), packed(deflater, far, Op.BINARY))
+    steps: tuple[bytes, ...] = (packed(deflater, far, Op.BINARY), packed(deflater, far, Op.BINARY))
     answer = (Frame(Op.BINARY, far, rsv1=True),)
     yield Case("12.9.1", "20 KB back into history", steps, answer, offer=DEFLATE)
     deflater = Deflater(12)

@@ -77,12 +77,22 @@ async def digest(scope: Scope, receive: Receive, send: Send) -> None:
 # ---- streams
 
 
+def is_there(path: str) -> bool:
+    return os.path.exists(path)  # noqa: PTH110  # of a tmpfs, and asked often
+
+
+async def wait_there(path: str) -> None:
+    """Wait for a file, as often as this is entered again: a gate opens but once."""
+    while not is_there(path):  # noqa: ASYNC110  # it is another process that makes it
+        await asyncio.sleep(TICK_S)
+
+
 async def tick(scope: Scope, send: Send) -> None:
     """Send numbered events until the file ``until`` is there; say at the end of each which process ticks."""
     state, until = state_of(scope), query_of(scope)["until"]
     headers = [(b"content-type", b"text/event-stream")]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
-    while not os.path.exists(until):  # noqa: ASYNC240, PTH110  # of a tmpfs: it does not wait
+    while not is_there(until):
         await asyncio.sleep(TICK_S)
         state["id"] = state.get("id", 0) + 1
         event = b"id: %d\ndata: %d\n\n" % (state["id"], os.getpid())
@@ -101,14 +111,14 @@ async def events_unsaid(scope: Scope, _: Receive, send: Send) -> None:
 
 
 async def sized(scope: Scope, _: Receive, send: Send) -> None:
-    """Send a body of 100 000 bytes, the length said before, half of it; the rest once the gate is open."""
+    """Send half a body of 100 000 bytes, the length said before; the rest once the file ``until`` is there."""
     asgi.resumable(scope)
-    state, query = state_of(scope), query_of(scope)
+    state, until = state_of(scope), query_of(scope)["until"]
     headers = [(b"content-length", b"100000"), (b"content-type", b"text/plain")]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     while state.get("sent", 0) < 100:
         if state.get("sent", 0) == 50:
-            await wait_gate(query["gate"])
+            await wait_there(until)
         piece = b"%03d %6d " % (state.get("sent", 0), os.getpid())
         state["sent"] = state.get("sent", 0) + 1
         is_more = state["sent"] < 100

@@ -17,7 +17,7 @@ async def wait_gate(path: str) -> None:
     opened: asyncio.Future[None] = loop.create_future()
     # Without a writer it opens at once, and is not readable before one has written. fifo(7)
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    loop.add_reader(descriptor, lambda: opened.done() or opened.set_result(None))
+    loop.add_reader(descriptor, lambda: None if opened.done() else opened.set_result(None))
     try:
         await opened
     finally:
