@@ -51,7 +51,8 @@ def starting_with(*lines: str) -> str:
 
 def test_a_lifespan_that_fails_is_a_refused_reload(copyover_server: Servers, tmp_path: Path) -> None:
     """With the traceback's last lines; the incumbent serves on, on the same connection."""
-    deployment = Deployment(copyover_server, tmp_path, starting_with("scope['state']['ready'] = 'yes'"))
+    ready = starting_with("scope['state']['ready'] = 'yes'")
+    deployment = Deployment(copyover_server, tmp_path, ready, uvicorn={"lifespan": "on"})
     server = deployment.server
     server.expect_errors = True
     with HttpClient(server.address) as client:
@@ -84,8 +85,31 @@ def test_a_lifespan_that_hangs_is_a_refused_reload(copyover_server: Servers, tmp
 
 def test_a_first_start_that_fails_says_why(copyover_server: Servers, tmp_path: Path) -> None:
     """Nothing serves, and the reason is the application's own."""
+    failing = starting_with("raise ConnectionError('the database is away')")
     with pytest.raises(RuntimeError, match="the database is away"):
-        Deployment(copyover_server, tmp_path, starting_with("raise ConnectionError('the database is away')"))
+        Deployment(copyover_server, tmp_path, failing, uvicorn={"lifespan": "on"})
+
+
+def test_a_lifespan_of_starlette_that_fails(copyover_server: Servers, tmp_path: Path) -> None:
+    """A framework says by itself that its lifespan failed, and sends its traceback along."""
+    source = """
+import contextlib
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+@contextlib.asynccontextmanager
+async def lifespan(app):
+    STARTUP
+    yield
+app = Starlette(routes=[Route("/", lambda request: PlainTextResponse("here"))], lifespan=lifespan)
+"""
+    deployment = Deployment(copyover_server, tmp_path, source.replace("STARTUP", "pass"))
+    deployment.server.expect_errors = True
+    with HttpClient(deployment.server.address) as client:
+        deployment.deploy("two", source.replace("STARTUP", "raise ConnectionError('the database is away')"))
+        refused = deployment.server.reload().assert_refused()
+        assert "ConnectionError: the database is away" in str(refused.error)
+        assert client.get("/").body == b"here"
 
 
 def test_an_application_without_a_lifespan(copyover_server: Servers, tmp_path: Path) -> None:
@@ -294,27 +318,48 @@ def test_starlette_behind_a_middleware(copyover_server: Servers) -> None:
             assert server.reload().assert_lossless().moved == 2
 
 
-def test_a_route_whose_state_has_another_version(copyover_server: Servers, tmp_path: Path) -> None:
-    """What the replacement's route cannot read stays with the incumbent, which serves it on."""
-    source = """
+ROUTE = """
 import sys
 sys.path.insert(0, APPS)
 from starlette.applications import Starlette
 from starlette.routing import WebSocketRoute
-from asgi_starlette import number, number_2
-app = Starlette(routes=[WebSocketRoute("/number", NUMBER)])
-""".replace("APPS", repr(str(tmp_path / "apps")))
-    (tmp_path / "apps").symlink_to(Path.cwd() / APPS)
-    deployment = Deployment(copyover_server, tmp_path, source.replace("NUMBER", "number"), **SOON)
+from asgi_starlette import talk
+from copyover import asgi
+@asgi.resumable(VERSION)
+async def number(websocket):
+    await talk(websocket)
+app = Starlette(routes=[WebSocketRoute("/number", number)])
+"""
+
+
+def route(version: str) -> str:
+    return ROUTE.replace("APPS", repr(str(Path.cwd() / APPS))).replace("VERSION", version)
+
+
+def test_a_route_whose_state_has_another_version(copyover_server: Servers, tmp_path: Path) -> None:
+    """What the replacement's route cannot read stays with the incumbent, which serves it on."""
+    deployment = Deployment(copyover_server, tmp_path, route("version=1"), **SOON)
     server = deployment.server
     with WebSocketClient(server.address, "/number") as client:
         first = client.ask_text("x").split()
-        deployment.deploy("two", source.replace("NUMBER", "number_2"))
+        deployment.deploy("two", route("version=2"))
         result = server.reload().assert_lossless()
         assert (result.moved, result.kept) == (0, 1)
         assert "version" in result.answer["kept"][0]["reason"]
         second = client.ask_text("x").split()
         assert (second[0], second[1]) == ("2", first[1])
+
+
+def test_a_route_that_reads_the_version_before(copyover_server: Servers, tmp_path: Path) -> None:
+    """It moves: a newer release says which states of older ones it understands."""
+    deployment = Deployment(copyover_server, tmp_path, route("version=1"))
+    with WebSocketClient(deployment.server.address, "/number") as client:
+        first = client.ask_text("x").split()
+        deployment.deploy("two", route("version=2, reads=(1,)"))
+        assert deployment.server.reload().assert_lossless().moved == 1
+        second = client.ask_text("x").split()
+        assert second[0] == "2"
+        assert second[1] != first[1]
 
 
 def test_django_with_channels_unmodified(copyover_server: Servers) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import attrs
 import pytest
@@ -15,7 +15,7 @@ from websocket_cases import CASES, Case
 from websocket_client import END, Frame, Op, WebSocketClient, frame
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 APPS = "tests/apps"
 APP = "asgi_raw:app"
@@ -43,6 +43,12 @@ class Run:
         self._answers: list[Frame | None] = []
         self._left = case.steps[-1]
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.socket.close()
+
     def begin(self, *, share: float) -> None:
         """Do all steps but the last, of which only that share is sent."""
         for step in self.case.steps[:-1]:
@@ -54,11 +60,10 @@ class Run:
 
     def finish(self) -> Outcome:
         """Send what is left, and a last message, whose echo ends what answers it; a pong would overtake an echo."""
-        with self._client:
-            self._send(self._left)
-            if not self.case.is_cut_short:
-                self._send(frame(Op.TEXT, LAST))
-            frames = self._client.frames_until_end(LAST)
+        self._send(self._left)
+        if not self.case.is_cut_short:
+            self._send(frame(Op.TEXT, LAST))
+        frames = self._client.frames_until_end(LAST)
         return Outcome(self._client.extensions, tuple(self._answers), tuple(frames))
 
     def _send(self, data: bytes) -> None:
@@ -68,16 +73,18 @@ class Run:
                 self._client.send(data[at : at + size])
 
 
-def run_all(address: tuple[str, int] | str, reload: object = None, *, share: float = 0.0) -> dict[str, Outcome]:
+def run_all(
+    address: tuple[str, int] | str, reload: Callable[[], None] | None = None, *, share: float = 0.0
+) -> dict[str, Outcome]:
     """Run each case on a connection of its own; between the two parts of all of them, reload."""
-    runs = [Run(address, case) for case in CASES]
-    for run in runs:
-        run.begin(share=share)
-    if callable(reload):
-        reload()
-    with ThreadPoolExecutor(4) as clients:
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(4) as clients:
+        runs = [stack.enter_context(Run(address, case)) for case in CASES]
+        for run in runs:
+            run.begin(share=share)
+        if reload is not None:
+            reload()
         outcomes = clients.map(Run.finish, runs)
-    return {run.case.number: outcome for run, outcome in zip(runs, outcomes, strict=True)}
+        return {run.case.number: outcome for run, outcome in zip(runs, outcomes, strict=True)}
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +109,8 @@ def moved(request: pytest.FixtureRequest) -> Iterator[tuple[dict[str, Outcome], 
 
         def reload_what_lives() -> None:
             result = server.reload().assert_lossless()
-            assert result.kept == 0
+            # Who is in the middle of what fails the connection may stay where it is, to fail there.
+            assert result.kept <= len([case for case in CASES if not case.is_right])
 
         whole = run_all(server.address, reload_all)
         cut = run_all(server.address, reload_what_lives, share=0.5)

@@ -37,6 +37,11 @@ class Case:
     chop: int | None = None  # sent in pieces of so many bytes
     is_cut_short: bool = False  # in the middle of a frame: nothing can follow
 
+    @property
+    def is_right(self) -> bool:
+        """Whether the client does nothing wrong, and goes on."""
+        return self.expect is not None and all(isinstance(answer, Frame) for answer in self.expect)
+
 
 def text(data: str | bytes, **options: bool | int) -> bytes:
     return frame(Op.TEXT, data.encode() if isinstance(data, str) else data, **options)  # type: ignore[arg-type]

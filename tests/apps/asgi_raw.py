@@ -203,28 +203,36 @@ async def scope_told(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "websocket.send", "text": json.dumps(told)})
 
 
-async def behind_the_back(scope: Scope, receive: Receive, send: Send) -> None:
-    """Send from a task that waits at a gate; note what that raised."""
+async def member(scope: Scope, receive: Receive, send: Send) -> None:
+    """Be in the room; echo, too, and send from a task of its own once the gate is open."""
     asgi.resumable(scope)
     query = query_of(scope)
 
     async def speak() -> None:
         await wait_gate(query["gate"])
-        raised = "nothing"
-        try:
-            await send({"type": "websocket.send", "text": "from behind"})
-        except OSError:  # what uvicorn raises where the client is gone
-            raised = "OSError"
-        finally:
-            note(query["log"], raised)
+        await send({"type": "websocket.send", "text": "from a task of its own"})
 
-    await accept(receive, send)
-    if not extension_of(scope)["resumed"]:
+    members.append(send)
+    if "gate" in query and not extension_of(scope)["resumed"]:
         tasks.add(asyncio.ensure_future(speak()))
+    await echo_unsaid(scope, receive, send)
+
+
+async def announce(_: Scope, receive: Receive, send: Send) -> None:
+    """Say to all in the room what comes; say how many heard it, and how many sends raised."""
+    await accept(receive, send)
     while (message := await receive())["type"] == "websocket.receive":
-        await send({**message, "type": "websocket.send"})
+        heard, raised = 0, 0
+        for other in members:
+            try:
+                await other({"type": "websocket.send", "text": message["text"]})
+                heard += 1
+            except OSError:  # what uvicorn raises where the client is gone
+                raised += 1
+        await send({"type": "websocket.send", "text": f"{heard} heard, {raised} raised"})
 
 
+members: list[Send] = []
 tasks: set[asyncio.Future[None]] = set()
 
 
@@ -283,7 +291,8 @@ ROUTES = {
     "/number-unsaid": number_unsaid,
     "/lives": lives,
     "/scope": scope_told,
-    "/behind": behind_the_back,
+    "/member": member,
+    "/announce": announce,
     "/late-accept": late_accept,
     "/busy": busy,
     "/closes": closes,

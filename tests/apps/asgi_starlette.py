@@ -80,11 +80,6 @@ async def number(websocket: WebSocket) -> None:
     await talk(websocket)
 
 
-@asgi.resumable(version=2)
-async def number_2(websocket: WebSocket) -> None:
-    await talk(websocket)
-
-
 async def number_unsaid(websocket: WebSocket) -> None:
     await talk(websocket)
 
@@ -95,7 +90,6 @@ routes = [
     Route("/events-unsaid", events_unsaid),
     Route("/afterwards", afterwards),
     WebSocketRoute("/number", number),
-    WebSocketRoute("/number-2", number_2),
     WebSocketRoute("/number-unsaid", number_unsaid),
 ]
 
