@@ -6,6 +6,7 @@ They judge nothing; who waits here waits for the application, under the test's o
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from typing import TYPE_CHECKING, Self
@@ -40,7 +41,8 @@ class Gate:
         if self._descriptor is None:
             self.wait_reached()
         assert self._descriptor is not None
-        os.write(self._descriptor, b"\n")
+        with contextlib.suppress(BrokenPipeError):  # who waited was killed
+            os.write(self._descriptor, b"\n")
         os.close(self._descriptor)
         self._descriptor = None
 

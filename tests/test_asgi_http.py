@@ -397,10 +397,11 @@ def test_curl_finds_its_idle_connection_again(copyover_server: Servers, tmp_path
     url, fifo = "http://{}:{}".format(*server.address), tmp_path / "upload"
     os.mkfifo(fifo)
     options = ("--silent", "--show-error", "--write-out", "\n%{http_code} %{num_connects} %{local_port}\n")
-    with curl(f"{url}/who", "--next", *options, "--upload-file", fifo, f"{url}/digest") as client:
-        with fifo.open("wb") as upload:  # curl has opened it: it has its first answer
-            assert server.reload().assert_lossless().moved == 1
-            upload.write(BODY)
+    first_url = f"{url}/count?id=1&log={tmp_path}/log"
+    with curl(first_url, "--next", *options, "--upload-file", fifo, f"{url}/digest") as client:
+        wait_until(lambda: lines_of(tmp_path / "log"), "the first request")
+        assert server.reload().assert_lossless().moved == 1
+        fifo.write_bytes(BODY)  # curl begins its second request once there is a file
         told, _ = client.communicate()
     first, second = re.findall(r"^(\d+) (\d+) (\d+)$", told, re.MULTILINE)
     assert (first[:2], second[:2]) == (("200", "1"), ("200", "0")), told
@@ -444,5 +445,4 @@ def test_kill_9_of_a_worker_resets_a_request_that_it_had_begun(copyover_server: 
             busy.receive(1)
         assert idle.get("/who").status == 200
         assert server.status()["counters"]["lost"] == 1
-        os.close(os.open(gate.path, os.O_RDONLY | os.O_NONBLOCK))  # the gate has nobody left who waits
     assert lines_of(tmp_path / "log") == ["a"]
