@@ -11,6 +11,7 @@ import asyncio
 import json
 from typing import TYPE_CHECKING, Any
 
+import attrs
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from copyover.adapters.framing import HEAD_END, Chunks
@@ -28,6 +29,9 @@ _BLANK = b"\r\n"
 _IDLE = b"h"  # a state's first byte: between two requests, with what is left of the keep-alive time in seconds
 _STREAM = b"s"  # in the middle of a response without end
 _QUIET_TURNS = 12  # of the loop: what an application has sent may pass through a few tasks of its middleware
+
+_CHUNKED, _LENGTH, _CLOSE = "chunked", "length", "close"
+_SENDING = "its application may be sending"
 
 # What is touched of uvicorn's protocol objects.
 PARTS = ("app", "connections", "cycle", "flow", "limit_concurrency", "timeout_keep_alive_task", "transport")
@@ -60,7 +64,7 @@ class Http(Adapter):
         self._seen = 0  # bytes of an incomplete head that the parser has
         self._body: int | Chunks = 0  # what is to come of the body
         self._head = b""  # of the request under way
-        self._response_head: bytes | None = None
+        self._response: Response | None = None
         self._keep_alive_s: float | None = None
         self._frozen: bytes | Exception = b""
         self._quiet_turns = 0
@@ -102,7 +106,7 @@ class Http(Adapter):
 
     def _take_head(self, buffer: bytearray, head: bytes) -> None:
         self._drop(buffer, len(head))
-        self._head, self._response_head = head, None
+        self._head, self._response = head, None
         self._body = _body_of(self.cycle.scope["headers"]) if self.cycle.more_body else 0
 
     def _drop(self, buffer: bytearray, count: int) -> None:
@@ -142,14 +146,12 @@ class Http(Adapter):
 
     async def _respond_again(self, said: dict[str, Any], send: Any) -> None:
         """Bring the protocol to where the response was; the client has its head."""
-        headers = [(b"transfer-encoding", b"chunked")]
-        if not said["keep_alive"]:
-            headers.append((b"connection", b"close"))
+        response = Response(framing=said["framing"], left=said["left"], is_last=said["last"])
         self.cycle.access_log = False  # it was logged when it began
         self._face.hosted.mute(is_muted=True)
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.start", "status": 200, "headers": response.headers()})
         self._face.hosted.mute(is_muted=False)
-        self._response_head = b"\r\n".join(b": ".join(header) for header in headers)
+        self._response = response
         self._face.hosted.arrive()
 
     def answered(self) -> None:
@@ -167,9 +169,13 @@ class Http(Adapter):
 
     def wrote(self, data: bytes | bytearray | memoryview) -> None:
         """Note that something of a response is on its way; its head comes first, and alone."""
-        if self._response_head is None and self.cycle is not None and self.cycle.response_started:
-            self._response_head = bytes(data).lower()
-        if self._visit is not None and self._visit.is_resumable and self._why_no_stream() is None:
+        if self._visit is None or not self._is_answering or not self.cycle.response_started:
+            return
+        if self._response is None:
+            self._response = Response.of(bytes(data))
+        elif self._response.framing == _LENGTH:
+            self._response.left -= len(data)
+        if self._visit.is_resumable and self._why_no_stream() is None:
             self._became(Kind.STREAM)
             self._await_quiet()
 
@@ -177,25 +183,23 @@ class Http(Adapter):
 
     def can_freeze(self) -> str | None:
         if self._is_answering:
-            return self._why_no_stream() or (None if self._is_quiet else "it may be sending")
+            return self._why_no_stream() or (None if self._is_quiet else _SENDING)
         if self._body:
             return "the rest of a request is still to come"
         return None
 
     @property
     def obstacle(self) -> str | None:
-        if not self._is_answering or self._body or not self._is_streaming:
+        if not self._is_answering or self._body or self._response is None or self._response.framing == _LENGTH:
             return None
-        return self._why_no_stream()
-
-    @property
-    def _is_streaming(self) -> bool:
-        """Whether it has begun a response of which nobody knows the length."""
-        return self._response_head is not None and b"transfer-encoding: chunked" in self._response_head
+        return None if self.flow.write_paused else self._why_no_stream()
 
     def _why_no_stream(self) -> str | None:
         """Return why what is under way cannot be gone on with elsewhere."""
-        if self._visit is None or not self.cycle.response_started or not self._is_streaming:
+        if self._visit is None or self._response is None or self.cycle.scope["method"] == "HEAD":
+            return "a request is being answered"
+        # Who speaks for the whole application does not speak for its files.
+        if self._response.framing == _LENGTH and not self._visit.has_said:
             return "a request is being answered"
         if not self._visit.is_resumable:
             return "its response is a stream, and its application has not said that it can be entered again"
@@ -221,7 +225,8 @@ class Http(Adapter):
         if self._quiet_turns < _QUIET_TURNS:
             self._turning = asyncio.get_running_loop().call_soon(self._turn)
             return
-        self._is_quiet = True
+        # With its client behind, its application waits inside of send, and nobody knows on which side of its state.
+        self._is_quiet = not self.flow.write_paused
         self._face.hosted.settle()
         self._is_quiet = False  # in the next turn it may be sending
 
@@ -240,8 +245,14 @@ class Http(Adapter):
     def _stream_state(self) -> bytes | Exception:
         """Return where the stream is, now that its application cannot send any more."""
         assert self._visit is not None
-        keeps_alive = b"connection: close" not in (self._response_head or b"")
-        said = {"keep_alive": keeps_alive, "name": self._visit.name, "version": self._visit.version}
+        assert self._response is not None
+        said = {
+            "framing": self._response.framing,
+            "left": self._response.left,
+            "last": self._response.is_last,
+            "name": self._visit.name,
+            "version": self._visit.version,
+        }
         try:
             state = self._visit.state_bytes()
         except Exception as problem:  # noqa: BLE001  # whatever is wrong with it is said when its record is taken
@@ -286,6 +297,28 @@ class Http(Adapter):
     @property
     def visit(self) -> Visit | None:
         return self._visit if self._is_answering else None
+
+
+@attrs.define
+class Response:
+    """How the body of a response under way ends; *is_last*: with the connection. RFC 9112, 6.3"""
+
+    framing: str
+    left: int
+    is_last: bool
+
+    @classmethod
+    def of(cls, head: bytes) -> Response:
+        lines = head.lower().split(b"\r\n")
+        length = next((int(line[15:]) for line in lines if line.startswith(b"content-length:")), None)
+        is_chunked = b"transfer-encoding: chunked" in lines
+        framing = _CHUNKED if is_chunked else _CLOSE if length is None else _LENGTH
+        return cls(framing, length or 0, b"connection: close" in lines)
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Return what makes another response end in the same way."""
+        made = {_CHUNKED: [(b"transfer-encoding", b"chunked")], _LENGTH: [(b"content-length", b"%d" % self.left)]}
+        return made.get(self.framing, []) + ([(b"connection", b"close")] if self.is_last else [])
 
 
 def check(state: bytes) -> None:

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 class Visit:
     """*extension* is what the application finds in its scope."""
 
-    __slots__ = ("_snapshot", "extension", "is_resumable", "name", "version")
+    __slots__ = ("_snapshot", "extension", "has_said", "is_resumable", "name", "version")
 
     def __init__(self, *, is_resumable: bool) -> None:
         self.is_resumable = is_resumable
+        self.has_said = False  # so of this very entry
         self.name = ""
         self.version = 0
         self.extension: dict[str, Any] = {"state": {}, "resumed": False, "resumable": self._say}
@@ -33,12 +34,13 @@ class Visit:
     def again(cls, state: dict[str, Any], *, name: str, version: int) -> Visit:
         """Return the entry of one who was here before."""
         visit = cls(is_resumable=True)
-        visit.name, visit.version = name, version
+        visit.name, visit.version, visit.has_said = name, version, True
         visit.extension.update(state=state, resumed=True, version=version)
         return visit
 
     def _say(self, name: str = "", version: int = 0) -> None:
-        self.is_resumable, self.name, self.version = True, name, version
+        self.is_resumable = self.has_said = True
+        self.name, self.version = name, version
 
     def greet(self, scope: MutableMapping[str, Any]) -> None:
         """Tell the application, and the tasks that it will start."""
