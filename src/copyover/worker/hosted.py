@@ -160,22 +160,35 @@ class Hosted(Served):
         return found
 
     def settle(self) -> None:
-        """Something has happened: see whether this is a boundary now, and do what waits for one."""
+        """Something has happened: send what is to be sent; if this is a boundary now, do what waits for one."""
         if self._course not in (Course.RUNNING, Course.ASKED) or self.is_left or self.protocol is None:
             return
-        if self._transport.output:
-            self._transport.flush()
         if self._transport.is_eof and self._may_end:
             self.close()  # as asyncio does where eof_received() returns nothing
-        if not self.is_at_boundary:
-            return
-        self._arrive()
-        if self._course is Course.ASKED:
+        elif not self.is_at_boundary:
+            self._transport.flush()
+        elif self._course is Course.ASKED:
+            self._transport.flush()
+            self._arrive()
             self._halt_and_say()
-            return
-        if self.slot is not None and self.slot.is_behind(self._transport):
+        else:
+            self._arrive()
+            self._save_and_flush()
+            self._host.cede(self)
+
+    def _save_and_flush(self) -> None:
+        """
+        Save before the client can see what it is sent: it may have us killed at once, and is idle by then.
+
+        A slot that has the unsent bytes stays exact while they leave, however far they come.
+        """
+        is_behind = self.slot is not None and (bool(self._transport.output) or self.slot.is_behind(self._transport))
+        fits = self.slot is not None and len(self._transport.output) <= self.slot.room_bytes // 2
+        if is_behind and fits:
             self._save()
-        self._host.cede(self)
+        self._transport.flush()
+        if is_behind and not fits:
+            self._save()
 
     def settle_soon(self) -> None:
         """Settle once the running callbacks are through: what an application does after its ``send`` belongs to it."""

@@ -303,10 +303,12 @@ class Runtime:
 
     def _cede(self, connection: Served) -> None:
         """It stayed behind, and stands at a boundary now: who serves may have it."""
+        if not self._is_leaving:
+            return
+        self._flush_ended()
         if not self._agent.is_cedable(connection.cookie) or not connection.is_at_boundary:
             return
         connection.ask_to_halt(_nothing)
-        self._flush_ended()
         try:
             state = self._host.encode_state(connection.state)
             record = connection.export(schema=self._host.schema, state=state)
