@@ -8,11 +8,13 @@ sees the end elsewhere is only given its bytes earlier.
 from __future__ import annotations
 
 import enum
+import re
 
 import attrs
 
 HEAD_END = b"\r\n\r\n"
 _LONGEST_SIZE_LINE = 4096
+_SIZE = re.compile(rb"[0-9A-Fa-f]+")  # int() would take a sign too, and a negative size leads back
 
 
 class _Part(enum.Enum):
@@ -49,7 +51,7 @@ class Chunks:
             if end < 0:
                 self.is_lost = len(buffer) - at > _LONGEST_SIZE_LINE
                 break
-            self._read_line(bytes(buffer[at:end]).strip())
+            self._read_line(bytes(buffer[at:end]).removesuffix(b"\r"))
             at = end + 1
         return len(buffer) if self.is_lost else at
 
@@ -58,11 +60,11 @@ class Chunks:
             if not line:
                 self._part = _Part.OVER
             return
-        try:
-            size = int(line.partition(b";")[0], 16)
-        except ValueError:
+        digits = line.partition(b";")[0].rstrip(b" \t")
+        if not _SIZE.fullmatch(digits):
             self.is_lost = True
             return
+        size = int(digits, 16)
         self._left = size + len(b"\r\n")
         self._part = _Part.DATA if size else _Part.TRAILER
 
