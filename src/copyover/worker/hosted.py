@@ -165,8 +165,9 @@ class Hosted(Served):
             return
         if self._transport.output:
             self._transport.flush()
+        self._ease()
         if self._transport.is_eof and self._may_end:
-            self.close()  # as asyncio does where eof_received() returns nothing
+            self.settle_soon()  # what came whole before the end is fed first
         if not self.is_at_boundary:
             return
         self._arrive()
@@ -184,7 +185,12 @@ class Hosted(Served):
 
     def _settle_now(self) -> None:
         self._poke = None
+        self._feed_and_settle()
+
+    def _feed_and_settle(self) -> None:
         self._feed()
+        if self._transport.is_eof and self._may_end:
+            self.close()  # as asyncio does where eof_received() returns nothing
         self.settle()
 
     def ask_to_halt(self, on_halt: Callable[[], None]) -> bool:
@@ -221,16 +227,15 @@ class Hosted(Served):
             if self._transport.error is not None:
                 self._lose(self._transport.error)
             return
-        if self.is_full and len(self._transport.output) <= LOW_WATER_BYTES:
-            self.is_full = False
-            self.protocol.resume_writing()
-        self._feed()
-        self.settle()
+        self._ease()
+        self._feed_and_settle()
 
     @property
     def _may_end(self) -> bool:
         """The client will send no more; what it sent whole is served first, the rest is of no use."""
-        return not self._is_paused and not (self._transport.input and self.protocol.can_freeze())
+        if self.protocol is None or self._is_paused:
+            return False
+        return not (self._transport.input and self.protocol.can_freeze())
 
     def _feed(self) -> None:
         """Give the protocol what it takes, one piece after the other; asked to halt, at most up to a boundary."""
@@ -238,9 +243,8 @@ class Hosted(Served):
             return
         self._is_busy = True
         try:
-            while self._takes_input and self.protocol.feed(self._transport.input):
-                if self._course is Course.ASKED and self.protocol.can_freeze() is None:
-                    break
+            while self._takes_input and not self._is_to_halt and self.protocol.feed(self._transport.input):
+                pass
         except Exception:
             log.exception("connection=%d its protocol failed", self.cookie)
             self.abort()
@@ -255,6 +259,12 @@ class Hosted(Served):
             is_running and not self._is_paused and bool(self._transport.input) and self._transport.phase is Phase.OPEN
         )
 
+    @property
+    def _is_to_halt(self) -> bool:
+        """Whether it was asked to, and may: one whose client has gone does not move, and is served to its end."""
+        is_asked = self._course is Course.ASKED and not self._transport.is_ended
+        return is_asked and self.protocol.can_freeze() is None
+
     # ---- what the protocol asks of its transport
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
@@ -267,6 +277,12 @@ class Hosted(Served):
         if not self.is_full and len(self._transport.output) > HIGH_WATER_BYTES:
             self.is_full = True
             self.protocol.pause_writing()
+
+    def _ease(self) -> None:
+        """Let the protocol write again once little is unsent."""
+        if self.is_full and len(self._transport.output) <= LOW_WATER_BYTES:
+            self.is_full = False
+            self.protocol.resume_writing()
 
     def _flush_soon(self) -> None:
         self._flushing = None
@@ -358,6 +374,8 @@ class Hosted(Served):
         except Exception:
             log.exception("connection=%d its protocol could not begin", self.cookie)
             self.abort()
+        if self._transport.error is not None:  # before anybody was there to hear of it
+            self._loop.call_soon(self._lose, self._transport.error)
         self.settle_soon()
 
     def encode(self) -> bytes:
