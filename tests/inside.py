@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from typing import TYPE_CHECKING, Any
 
+from copyover.adapters.uvicorn import Uvicorn
 from copyover.messages import Kind, Record
+from copyover.worker.application import Asgi
 from copyover.worker.host import Host
 from copyover.worker.hosted import Hosted
 from copyover.worker.served import Course, Limits
 from copyover.worker.transport import Transport
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import AsyncIterator, Callable, Iterable
 
     from copyover.worker.served import Served
 
@@ -155,3 +158,23 @@ class Line:
     def close(self) -> None:
         self.transport.close()
         self.socket.close()
+
+
+@contextlib.asynccontextmanager
+async def serving(app: Any, *, resume: Iterable[str] = (), **options: Any) -> AsyncIterator[Uvicorn]:
+    """Serve *app* as a worker does, with uvicorn's *options*."""
+    loop = asyncio.get_running_loop()
+    given = {"lifespan": "off", "log_config": None, "access_log": False} | options
+    host = Uvicorn(loop, Asgi(app, "asgi"), Limits(), {"resume": tuple(resume), "uvicorn": given})
+    listen(host)
+    await host.start()
+    try:
+        yield host
+    finally:
+        await host.stop()
+
+
+def enter(line: Line) -> None:
+    """Have a connection served, as the entrance does."""
+    line.host.enter(line.served)
+    line.transport.start()

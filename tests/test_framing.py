@@ -152,6 +152,7 @@ def test_a_frame_is_as_long_as_its_writer_made_it(frame: Frame, before: bytes, a
     assert (header.opcode, header.is_final, header.size_bytes) == (frame.opcode, frame.fin, len(data))
     assert header.is_ordinary
     assert header.is_control == (frame.opcode in CTRL_OPCODES)
+    assert header.payload_bytes == len(frame.data)
 
 
 @pytest.mark.parametrize(("length", "needed"), [(0, 2), (125, 2), (126, 4), (65535, 4), (65536, 10)])

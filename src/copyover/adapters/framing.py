@@ -74,13 +74,15 @@ class FrameHeader:
     """
     The first bytes of a WebSocket frame. RFC 6455, 5.2
 
-    *size_bytes* is that of the whole frame. *is_ordinary*: nothing in it would make a server refuse it at once.
+    *size_bytes* is that of the whole frame, *payload_bytes* of what it says. *is_ordinary*: nothing in it would make a
+    server refuse it at once.
     """
 
     opcode: int
     is_final: bool
     is_ordinary: bool
     size_bytes: int
+    payload_bytes: int
 
     @property
     def is_control(self) -> bool:
@@ -115,4 +117,5 @@ def frame_header(buffer: bytearray, at: int, *, may_compress: bool) -> FrameHead
             and (not is_control or (is_final and not extended))
         ),
         size_bytes=2 + extended + 4 + length,
+        payload_bytes=length,
     )
