@@ -11,7 +11,7 @@ import zlib
 from typing import TYPE_CHECKING
 
 from websockets.extensions.permessage_deflate import PerMessageDeflate
-from websockets.frames import CTRL_OPCODES, Opcode
+from websockets.frames import Opcode
 
 if TYPE_CHECKING:
     from websockets.frames import Frame
@@ -33,7 +33,7 @@ class Deflate(PerMessageDeflate):
     def decode(self, frame: Frame, *, max_size: int | None = None) -> Frame:
         is_compressed = self.decode_cont_data if frame.opcode is Opcode.CONT else frame.rsv1
         decoded = super().decode(frame, max_size=max_size)
-        if is_compressed and not self.remote_no_context_takeover and frame.opcode not in CTRL_OPCODES:
+        if is_compressed and not self.remote_no_context_takeover:
             self.window += decoded.data
             del self.window[: -(1 << self.remote_max_window_bits)]
         return decoded

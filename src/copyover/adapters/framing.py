@@ -8,11 +8,13 @@ sees the end elsewhere is only given its bytes earlier.
 from __future__ import annotations
 
 import enum
+import re
 
 import attrs
 
 HEAD_END = b"\r\n\r\n"
 _LONGEST_SIZE_LINE = 4096
+_SIZE = re.compile(rb"[0-9A-Fa-f]+")  # int() would take a sign too, and a negative size leads back
 
 
 class _Part(enum.Enum):
@@ -49,7 +51,7 @@ class Chunks:
             if end < 0:
                 self.is_lost = len(buffer) - at > _LONGEST_SIZE_LINE
                 break
-            self._read_line(bytes(buffer[at:end]).strip())
+            self._read_line(bytes(buffer[at:end]).removesuffix(b"\r"))
             at = end + 1
         return len(buffer) if self.is_lost else at
 
@@ -58,11 +60,11 @@ class Chunks:
             if not line:
                 self._part = _Part.OVER
             return
-        try:
-            size = int(line.partition(b";")[0], 16)
-        except ValueError:
+        digits = line.partition(b";")[0].rstrip(b" \t")
+        if not _SIZE.fullmatch(digits):
             self.is_lost = True
             return
+        size = int(digits, 16)
         self._left = size + len(b"\r\n")
         self._part = _Part.DATA if size else _Part.TRAILER
 
@@ -72,13 +74,15 @@ class FrameHeader:
     """
     The first bytes of a WebSocket frame. RFC 6455, 5.2
 
-    *size_bytes* is that of the whole frame. *is_ordinary*: nothing in it would make a server refuse it at once.
+    *size_bytes* is that of the whole frame, *payload_bytes* of what it says. *is_ordinary*: nothing in it would make a
+    server refuse it at once.
     """
 
     opcode: int
     is_final: bool
     is_ordinary: bool
     size_bytes: int
+    payload_bytes: int
 
     @property
     def is_control(self) -> bool:
@@ -113,4 +117,5 @@ def frame_header(buffer: bytearray, at: int, *, may_compress: bool) -> FrameHead
             and (not is_control or (is_final and not extended))
         ),
         size_bytes=2 + extended + 4 + length,
+        payload_bytes=length,
     )

@@ -64,7 +64,8 @@ class Http(Adapter):
         self._seen = 0  # bytes of an incomplete head that the parser has
         self._body: int | Chunks = 0  # what is to come of the body
         self._head = b""  # of the request under way
-        self._response: Response | None = None
+        self._response_head: bytes | bytearray | memoryview | None = None
+        self._sent_bytes = 0  # of its body, in the framing that its head told
         self._keep_alive_s: float | None = None
         self._frozen: bytes | Exception = b""
         self._quiet_turns = 0
@@ -106,7 +107,7 @@ class Http(Adapter):
 
     def _take_head(self, buffer: bytearray, head: bytes) -> None:
         self._drop(buffer, len(head))
-        self._head, self._response = head, None
+        self._head, self._response_head = head, None
         self._body = _body_of(self.cycle.scope["headers"]) if self.cycle.more_body else 0
 
     def _drop(self, buffer: bytearray, count: int) -> None:
@@ -147,12 +148,19 @@ class Http(Adapter):
     async def _respond_again(self, said: dict[str, Any], send: Any) -> None:
         """Bring the protocol to where the response was; the client has its head."""
         response = Response(framing=said["framing"], left=said["left"], is_last=said["last"])
+        headers = response.headers()
         self.cycle.access_log = False  # it was logged when it began
         self._face.hosted.mute(is_muted=True)
-        await send({"type": "http.response.start", "status": 200, "headers": response.headers()})
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
         self._face.hosted.mute(is_muted=False)
-        self._response = response
+        self._response_head = b"\r\n".join(b": ".join(header) for header in headers)
+        self._sent_bytes = 0
         self._face.hosted.arrive()
+
+    @property
+    def _response(self) -> Response | None:
+        """How the response under way goes on; None before it has begun."""
+        return None if self._response_head is None else Response.of(bytes(self._response_head), self._sent_bytes)
 
     def answered(self) -> None:
         """The response is complete; the next request may come, or a reload."""
@@ -171,10 +179,10 @@ class Http(Adapter):
         """Note that something of a response is on its way; its head comes first, and alone."""
         if self._visit is None or not self._is_answering or not self.cycle.response_started:
             return
-        if self._response is None:
-            self._response = Response.of(bytes(data))
-        elif self._response.framing == _LENGTH:
-            self._response.left -= len(data)
+        if self._response_head is None:
+            self._response_head, self._sent_bytes = data, 0
+        else:
+            self._sent_bytes += len(data)
         if self._visit.is_resumable and self._why_no_stream() is None:
             self._became(Kind.STREAM)
             self._await_quiet()
@@ -190,18 +198,20 @@ class Http(Adapter):
 
     @property
     def obstacle(self) -> str | None:
-        if not self._is_answering or self._body or self._response is None or self._response.framing == _LENGTH:
-            return None
-        return None if self.flow.write_paused else self._why_no_stream()
+        response = self._response if self._is_answering and not self._body else None
+        if response is None or response.framing == _LENGTH or self.flow.write_paused:
+            return None  # it may well be over soon
+        return self._why_no_stream()
 
     def _why_no_stream(self) -> str | None:
         """Return why what is under way cannot be gone on with elsewhere."""
-        if self._visit is None or self._response is None or self.cycle.scope["method"] == "HEAD":
+        visit, response = self._visit, self._response
+        if visit is None or response is None or self.cycle.scope["method"] == "HEAD":
             return "a request is being answered"
         # Who speaks for the whole application does not speak for its files.
-        if self._response.framing == _LENGTH and not self._visit.has_said:
+        if response.framing == _LENGTH and not visit.has_said:
             return "a request is being answered"
-        if not self._visit.is_resumable:
+        if not visit.is_resumable:
             return "its response is a stream, and its application has not said that it can be entered again"
         if self.cycle.more_body or _body_of(self.cycle.scope["headers"]):
             return "its response is a stream, and its request has a body, which would have to be read again"
@@ -246,10 +256,11 @@ class Http(Adapter):
         """Return where the stream is, now that its application cannot send any more."""
         assert self._visit is not None
         assert self._response is not None
+        response = self._response
         said = {
-            "framing": self._response.framing,
-            "left": self._response.left,
-            "last": self._response.is_last,
+            "framing": response.framing,
+            "left": response.left,
+            "last": response.is_last,
             "name": self._visit.name,
             "version": self._visit.version,
         }
@@ -299,7 +310,7 @@ class Http(Adapter):
         return self._visit if self._is_answering else None
 
 
-@attrs.define
+@attrs.frozen
 class Response:
     """How the body of a response under way ends; *is_last*: with the connection. RFC 9112, 6.3"""
 
@@ -308,12 +319,12 @@ class Response:
     is_last: bool
 
     @classmethod
-    def of(cls, head: bytes) -> Response:
+    def of(cls, head: bytes, sent_bytes: int) -> Response:
         lines = head.lower().split(b"\r\n")
         length = next((int(line[15:]) for line in lines if line.startswith(b"content-length:")), None)
         is_chunked = b"transfer-encoding: chunked" in lines
         framing = _CHUNKED if is_chunked else _CLOSE if length is None else _LENGTH
-        return cls(framing, length or 0, b"connection: close" in lines)
+        return cls(framing, (length or 0) - sent_bytes, b"connection: close" in lines)
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """Return what makes another response end in the same way."""

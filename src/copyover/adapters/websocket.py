@@ -65,6 +65,7 @@ class WebSocket(Adapter, WebSocketsSansIOProtocol):
         self._visit = Visit(is_resumable=host.resumes_websockets)
         self._head = b""
         self._whole = 0  # bytes of the whole frames of a message that is not
+        self._payload = 0  # of these, without their headers
         self._is_raw = False  # fed as it comes: what came is no message that could be waited for
         self._is_parked = False
         self._is_again = False  # its accept was answered elsewhere
@@ -102,15 +103,16 @@ class WebSocket(Adapter, WebSocketsSansIOProtocol):
             return self._pass(buffer, header.size_bytes, start=self._whole)
         end = self._whole + header.size_bytes
         if header.is_final:
-            self._whole = 0
+            self._whole = self._payload = 0
             return self._pass(buffer, end)
         self._whole = end
+        self._payload += header.payload_bytes
         self._face.hosted.transport.want(end + READ_BYTES)
         return True
 
     def _can_wait_for(self, header: FrameHeader) -> bool:
         """Whether its end may be waited for; what the protocol would refuse at once, it gets at once."""
-        if not header.is_ordinary or self._whole + header.size_bytes > self.config.ws_max_size + _STATE.size:
+        if not header.is_ordinary or self._payload + header.payload_bytes > self.config.ws_max_size:
             return False
         return header.is_control or (header.opcode == CONTINUATION) == (self._whole > 0)
 
@@ -158,6 +160,8 @@ class WebSocket(Adapter, WebSocketsSansIOProtocol):
             self._is_again = False
             return
         await super().send(message)
+        if message["type"] == "websocket.accept":
+            self._face.hosted.settle_soon()  # frames may have come before the answer
 
     async def _wait_at_gate(self) -> None:
         """Senders wait until it is known who serves; those of the application's own entry for ever, if it moved."""

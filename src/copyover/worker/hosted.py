@@ -164,11 +164,11 @@ class Hosted(Served):
         if self._course not in (Course.RUNNING, Course.ASKED) or self.is_left or self.protocol is None:
             return
         if self._transport.is_eof and self._may_end:
-            self.close()  # as asyncio does where eof_received() returns nothing
-        elif not self.is_at_boundary:
-            self._transport.flush()
+            self.settle_soon()  # what came whole before the end is fed first
+        if not self.is_at_boundary:
+            self._flush()
         elif self._course is Course.ASKED:
-            self._transport.flush()
+            self._flush()
             self._arrive()
             self._halt_and_say()
         else:
@@ -186,9 +186,13 @@ class Hosted(Served):
         fits = self.slot is not None and len(self._transport.output) <= self.slot.room_bytes // 2
         if is_behind and fits:
             self._save()
-        self._transport.flush()
+        self._flush()
         if is_behind and not fits:
             self._save()
+
+    def _flush(self) -> None:
+        self._transport.flush()
+        self._ease()
 
     def settle_soon(self) -> None:
         """Settle once the running callbacks are through: what an application does after its ``send`` belongs to it."""
@@ -197,7 +201,12 @@ class Hosted(Served):
 
     def _settle_now(self) -> None:
         self._poke = None
+        self._feed_and_settle()
+
+    def _feed_and_settle(self) -> None:
         self._feed()
+        if self._transport.is_eof and self._may_end:
+            self.close()  # as asyncio does where eof_received() returns nothing
         self.settle()
 
     def ask_to_halt(self, on_halt: Callable[[], None]) -> bool:
@@ -231,19 +240,18 @@ class Hosted(Served):
 
     def _changed(self) -> None:
         if self._transport.error is not None or self._transport.phase is not Phase.OPEN:
-            if self._transport.error is not None:
-                self._lose(self._transport.error)
+            if self._transport.error is not None:  # never from inside of a write, as in asyncio
+                self._loop.call_soon(self._lose, self._transport.error)
             return
-        if self.is_full and len(self._transport.output) <= LOW_WATER_BYTES:
-            self.is_full = False
-            self.protocol.resume_writing()
-        self._feed()
-        self.settle()
+        self._ease()
+        self._feed_and_settle()
 
     @property
     def _may_end(self) -> bool:
         """The client will send no more; what it sent whole is served first, the rest is of no use."""
-        return not self._is_paused and not (self._transport.input and self.protocol.can_freeze())
+        if self.protocol is None or self._is_paused:
+            return False
+        return not (self._transport.input and self.protocol.can_freeze())
 
     def _feed(self) -> None:
         """Give the protocol what it takes, one piece after the other; asked to halt, at most up to a boundary."""
@@ -251,9 +259,8 @@ class Hosted(Served):
             return
         self._is_busy = True
         try:
-            while self._takes_input and self.protocol.feed(self._transport.input):
-                if self._course is Course.ASKED and self.protocol.can_freeze() is None:
-                    break
+            while self._takes_input and not self._is_to_halt and self.protocol.feed(self._transport.input):
+                pass
         except Exception:
             log.exception("connection=%d its protocol failed", self.cookie)
             self.abort()
@@ -268,6 +275,12 @@ class Hosted(Served):
             is_running and not self._is_paused and bool(self._transport.input) and self._transport.phase is Phase.OPEN
         )
 
+    @property
+    def _is_to_halt(self) -> bool:
+        """Whether it was asked to, and may: one whose client has gone does not move, and is served to its end."""
+        is_asked = self._course is Course.ASKED and not self._transport.is_ended
+        return is_asked and self.protocol.can_freeze() is None
+
     # ---- what the protocol asks of its transport
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
@@ -280,6 +293,12 @@ class Hosted(Served):
         if not self.is_full and len(self._transport.output) > HIGH_WATER_BYTES:
             self.is_full = True
             self.protocol.pause_writing()
+
+    def _ease(self) -> None:
+        """Let the protocol write again once little is unsent."""
+        if self.is_full and len(self._transport.output) <= LOW_WATER_BYTES:
+            self.is_full = False
+            self.protocol.resume_writing()
 
     def _flush_soon(self) -> None:
         self._flushing = None
@@ -371,6 +390,8 @@ class Hosted(Served):
         except Exception:
             log.exception("connection=%d its protocol could not begin", self.cookie)
             self.abort()
+        if self._transport.error is not None:  # before anybody was there to hear of it
+            self._loop.call_soon(self._lose, self._transport.error)
         self.settle_soon()
 
     def encode(self) -> bytes:

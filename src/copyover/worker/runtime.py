@@ -374,7 +374,7 @@ class Runtime:
     def _stop_serving(self, drain_s: float) -> None:
         self._is_leaving = True
         self._how = messages.How.STOPPED
-        for connection in list(self._connections.values()):
+        for connection in self._ours():
             connection.stop()
         self._loop.call_later(drain_s, self._end_all, messages.How.STOPPED)
         self._leave_if_done()
@@ -382,13 +382,17 @@ class Runtime:
     def _end_all(self, how: messages.How) -> None:
         """The limit is reached: send what is unsent, for a second, then break off."""
         self._how = how
-        for connection in list(self._connections.values()):
+        for connection in self._ours():
             connection.stop()
             connection.transport.finish()
         self._loop.call_later(LAST_S, self._break_off)
 
+    def _ours(self) -> list[Served]:
+        """Return those that nobody else may be serving: not what was ceded, or was frozen."""
+        return [connection for connection in self._connections.values() if connection.course is not Course.FROZEN]
+
     def _break_off(self) -> None:
-        for connection in list(self._connections.values()):
+        for connection in self._ours():
             if connection.transport.phase is Phase.LINGERING:
                 connection.transport.close()
             else:
@@ -467,7 +471,7 @@ class Runtime:
         try:
             return self._host.encode_shared()
         except Exception as problem:  # whatever the application raises refuses the move
-            log.exception("export_shared failed")
+            _explain("export_shared", problem)
             self.send(messages.Failed(reason=f"the incumbent's export_shared: {_sentence(problem)}", status=3))
             return None
 
@@ -475,7 +479,7 @@ class Runtime:
         try:
             self._host.decode_shared(shared)
         except Exception as problem:  # whatever the application raises refuses the move
-            log.exception("import_shared failed")
+            _explain("import_shared", problem)
             self.send(messages.Failed(reason=f"the replacement's import_shared: {_sentence(problem)}", status=3))
             leave(3)
 
@@ -511,6 +515,8 @@ class Runtime:
             connection = self._connections[cookie]
             if connection.course is not Course.RUNNING:
                 connection.go_on()
+                if self._how is not None:
+                    connection.stop()  # the others were told so while it was away
             elif connection.transport.phase is not Phase.OPEN:
                 connection.transport.start()
             else:
@@ -539,6 +545,13 @@ def leave(status: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def _explain(what: str, problem: Exception) -> None:
+    """Log it; what the application raised has a traceback that its author needs."""
+    log.error(
+        "%s failed: %s", what, _sentence(problem), exc_info=None if isinstance(problem, CopyoverError) else problem
+    )
 
 
 def _sentence(problem: Exception) -> str:
