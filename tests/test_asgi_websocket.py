@@ -25,6 +25,7 @@ from asgi_servers import (
     wait_phase,
 )
 from gates import Gate, lines_of, wait_until
+from http_client import HttpClient
 from websocket_cases import noise, prose
 from websocket_client import DEFLATE, Deflater, Frame, Op, WebSocketClient, close_payload, frame
 
@@ -544,6 +545,9 @@ def test_a_roll_back_brings_websockets_back_with_every_message(
             late = stack.enter_context(WebSocketClient(server.address, "/number"))
             assert late.ask_text("x").startswith("1 ")
             if way == "kill":
+                with HttpClient(server.address) as other:  # its loop turns, and so all have come to their boundary
+                    assert other.get("/who").pid == replacement
+                wait_until(lambda: len(server.connections()) == 12, "the visitor to have gone")
                 os.kill(replacement, signal.SIGKILL)
             elif way == "health":
                 sick.touch()
