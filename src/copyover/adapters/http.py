@@ -71,6 +71,7 @@ class Http(Adapter):
         self._quiet_turns = 0
         self._turning: asyncio.Handle | None = None
         self._is_quiet = False
+        self._quiet_state: bytes | str | None = None
 
     @property
     def _face(self) -> Face:
@@ -222,23 +223,40 @@ class Http(Adapter):
             self._await_quiet()
 
     def _await_quiet(self) -> None:
-        """Have a boundary once nothing is on its way any more between the application and us."""
+        """
+        Have a boundary once nothing is on its way any more between the application and us.
+
+        Then its state is what it was, and nothing was sent, for so many turns of the loop that what the state speaks of
+        has come through the tasks of any middleware. A turn later the application may have sent again.
+        """
         self._quiet_turns = 0
         if self._turning is None:
+            self._quiet_state = None
             self._turning = asyncio.get_running_loop().call_soon(self._turn)
 
     def _turn(self) -> None:
         self._turning = None
-        self._quiet_turns += 1
         if not self._is_answering or self._why_no_stream() is not None:
             return
-        if self._quiet_turns < _QUIET_TURNS:
-            self._turning = asyncio.get_running_loop().call_soon(self._turn)
-            return
-        # With its client behind, its application waits inside of send, and nobody knows on which side of its state.
-        self._is_quiet = not self.flow.write_paused
-        self._face.hosted.settle()
-        self._is_quiet = False  # in the next turn it may be sending
+        self._quiet_turns += 1
+        if self._quiet_turns == 1 or self._quiet_turns >= _QUIET_TURNS:
+            state = self._state_or_problem()
+            if state == self._quiet_state and self._quiet_turns >= _QUIET_TURNS:
+                # With its client behind, its application waits inside of send: on which side of its state, who knows.
+                self._is_quiet = not self.flow.write_paused
+                self._face.hosted.settle()
+                self._is_quiet = False
+                return
+            self._quiet_state, self._quiet_turns = state, 1
+        self._turning = asyncio.get_running_loop().call_soon(self._turn)
+
+    def _state_or_problem(self) -> bytes | str:
+        """Return the application's state, or what is wrong with it: that is said once its record is to be taken."""
+        assert self._visit is not None
+        try:
+            return self._visit.state_bytes()
+        except Exception as problem:  # noqa: BLE001  # whatever its types raise
+            return str(problem)
 
     def halted(self) -> None:
         loop = asyncio.get_running_loop()

@@ -470,7 +470,7 @@ class Runtime:
     def _export_shared(self) -> bytes | None:
         try:
             return self._host.encode_shared()
-        except Exception as problem:  # whatever the application raises refuses the move
+        except Exception as problem:  # noqa: BLE001  # whatever the application raises refuses the move
             _explain("export_shared", problem)
             self.send(messages.Failed(reason=f"the incumbent's export_shared: {_sentence(problem)}", status=3))
             return None
@@ -478,7 +478,7 @@ class Runtime:
     def _import_shared(self, shared: tuple[bytes, ...]) -> None:
         try:
             self._host.decode_shared(shared)
-        except Exception as problem:  # whatever the application raises refuses the move
+        except Exception as problem:  # noqa: BLE001  # whatever the application raises refuses the move
             _explain("import_shared", problem)
             self.send(messages.Failed(reason=f"the replacement's import_shared: {_sentence(problem)}", status=3))
             leave(3)
