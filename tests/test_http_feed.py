@@ -367,6 +367,7 @@ def test_blank_lines_between_requests(http: str, blank: bytes, *, is_apart: bool
         line.send(blank)
         if is_apart:
             await turns()
+            assert not line.transport.input
         if line.transport.phase is Phase.OPEN:
             line.send(get(b"/b"))
         await until(lambda: len(agent.look()) == 2 or line.transport.phase is not Phase.OPEN)
