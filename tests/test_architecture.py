@@ -161,7 +161,9 @@ ROOMS: dict[str, set[str]] = {
     "adapters.framing": set(),
     "adapters.deflate": set(),
     "adapters.visit": {"asgi", "worker.application", "worker.served", "worker.snapshot"},
-    "adapters.http": {"adapters.framing", "adapters.uvicorn", "adapters.visit", "messages", "worker.hosted"},
+    "adapters.http": {
+        *("adapters.framing", "adapters.uvicorn", "adapters.visit", "messages", "worker.hosted", "worker.transport"),
+    },
     "adapters.httptools": {"adapters.http", "adapters.uvicorn"},
     "adapters.websocket": {
         *("adapters.deflate", "adapters.framing", "adapters.uvicorn", "adapters.visit", "messages"),

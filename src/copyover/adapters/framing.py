@@ -12,7 +12,7 @@ import re
 
 import attrs
 
-HEAD_END = b"\r\n\r\n"
+HEAD_END = re.compile(rb"\n\r?\n")  # h11 takes bare line feeds; a parser that does not refuses them
 _LONGEST_SIZE_LINE = 4096
 _SIZE = re.compile(rb"[0-9A-Fa-f]+")  # int() would take a sign too, and a negative size leads back
 

@@ -18,6 +18,7 @@ from copyover.adapters.framing import HEAD_END, Chunks
 from copyover.adapters.visit import Visit, check_readable
 from copyover.messages import Kind
 from copyover.worker.hosted import Adapter
+from copyover.worker.transport import READ_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
@@ -93,8 +94,8 @@ class Http(Adapter):
 
     def _feed_head(self, buffer: bytearray) -> bool:
         before = self.cycle
-        found = buffer.find(HEAD_END, max(self._seen - len(HEAD_END) + 1, 0))
-        stop = len(buffer) if found < 0 else found + len(HEAD_END)
+        found = HEAD_END.search(buffer, max(self._seen - 2, 0))
+        stop = len(buffer) if found is None else found.end()
         if stop == self._seen:
             return False
         head = bytes(buffer[:stop])
@@ -104,7 +105,9 @@ class Http(Adapter):
             self._take_head(buffer, head)
         elif self._face.is_closing() or self._face.hosted.protocol is not self or not head.strip(_BLANK):
             self._drop(buffer, stop)
-        return found >= 0
+        elif found is None:
+            self._face.hosted.transport.want(stop + READ_BYTES)
+        return found is not None
 
     def _take_head(self, buffer: bytearray, head: bytes) -> None:
         self._drop(buffer, len(head))

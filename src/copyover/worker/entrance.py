@@ -45,13 +45,16 @@ class Entrance:
         """Enter these. Of a consistent cut no input is read before all are in: a broadcast then finds everybody."""
         cut = Cut(connections) if is_cut else None
         self._waiting.extend((connection, cut) for connection in connections)
-        self._pump()
+        if self._pumping is None:
+            self._pump()
 
     def _pump(self) -> None:
         self._pumping = None
         while self._waiting and len(self._entering) < self._at_once:
             now_s = self._loop.time()
             if self._gap_s and now_s < self._next_s:
+                if self._pumping is not None:  # who was let in just now has arrived
+                    self._pumping.cancel()
                 self._pumping = self._loop.call_at(self._next_s, self._pump)
                 break
             self._next_s = max(self._next_s, now_s) + self._gap_s
