@@ -302,7 +302,8 @@ class Hosted(Served):
 
     def _flush_soon(self) -> None:
         self._flushing = None
-        self.settle()
+        if self._transport.output:  # else a boundary has come first
+            self.settle()
 
     def flush(self) -> None:
         """Send now what is to be sent at the end of this turn of the loop."""
