@@ -127,7 +127,8 @@ def _say(found: dict[str, Any], name: str, version: int) -> None:
 
 
 def _decorate(route: F, *, version: int, reads: frozenset[int], name: str) -> F:
-    name = name or f"{route.__module__}.{route.__qualname__}"
+    called = route if hasattr(route, "__qualname__") else type(route)  # an object has no name of its own
+    name = name or f"{called.__module__}.{called.__qualname__}"
     routes[name] = Route(version, reads)
 
     def say(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -141,7 +142,7 @@ def _decorate(route: F, *, version: int, reads: frozenset[int], name: str) -> F:
 
     if inspect.isclass(route):
         return _decorate_class(route, say)  # type: ignore[return-value]  # a subclass of what was given
-    if inspect.iscoroutinefunction(route) or not inspect.isfunction(route):
+    if inspect.iscoroutinefunction(route) or inspect.iscoroutinefunction(getattr(route, "__call__", None)):  # noqa: B004  # an object's
 
         @functools.wraps(route, updated=())
         async def enter(*args: Any, **kwargs: Any) -> Any:
@@ -150,7 +151,7 @@ def _decorate(route: F, *, version: int, reads: frozenset[int], name: str) -> F:
 
         return enter  # type: ignore[return-value]  # the same signature
 
-    @functools.wraps(route)
+    @functools.wraps(route, updated=())
     def call(*args: Any, **kwargs: Any) -> Any:
         say(args, kwargs)
         return route(*args, **kwargs)

@@ -53,14 +53,17 @@ class Entrance:
         while self._waiting and len(self._entering) < self._at_once:
             now_s = self._loop.time()
             if self._gap_s and now_s < self._next_s:
-                if self._pumping is not None:  # who was let in just now has arrived
-                    self._pumping.cancel()
-                self._pumping = self._loop.call_at(self._next_s, self._pump)
+                self._pump_at(self._next_s)
                 break
             self._next_s = max(self._next_s, now_s) + self._gap_s
             self._let_in(*self._waiting.popleft())
         if self._entering and self._patience is None:
             self._patience = self._loop.call_later(ENTER_S, self._lose_patience)
+
+    def _pump_at(self, when_s: float) -> None:
+        if self._pumping is not None:  # who was let in just now has arrived
+            self._pumping.cancel()
+        self._pumping = self._loop.call_at(when_s, self._pump)
 
     def _let_in(self, connection: Served, cut: Cut | None) -> None:
         if not _is_here(connection):
