@@ -137,7 +137,11 @@ ROOMS: dict[str, set[str]] = {
         *("errors", "messages", "worker.application", "worker.connection", "worker.host", "worker.served"),
         "worker.transport",
     },
-    "worker.hosted": {"messages", "worker.host", "worker.served", "worker.transport"},
+    "worker.adapter": {"messages", "worker.served"},
+    "worker.face": {"worker.hosted"},
+    "worker.hosted": {
+        *("messages", "worker.adapter", "worker.face", "worker.host", "worker.served", "worker.transport"),
+    },
     "worker.entrance": {"worker.served", "worker.transport"},
     "worker.accepting": set(),
     "worker.seeking": {"channel", "errors", "messages"},
@@ -162,17 +166,18 @@ ROOMS: dict[str, set[str]] = {
     "adapters.deflate": set(),
     "adapters.visit": {"asgi", "worker.application", "worker.served", "worker.snapshot"},
     "adapters.http": {
-        *("adapters.framing", "adapters.uvicorn", "adapters.visit", "messages", "worker.hosted", "worker.transport"),
+        *("adapters.framing", "adapters.uvicorn", "adapters.visit", "messages", "worker.adapter", "worker.face"),
+        "worker.transport",
     },
     "adapters.httptools": {"adapters.http", "adapters.uvicorn"},
     "adapters.websocket": {
         *("adapters.deflate", "adapters.framing", "adapters.uvicorn", "adapters.visit", "messages"),
-        *("worker.hosted", "worker.served", "worker.transport"),
+        *("worker.adapter", "worker.face", "worker.served", "worker.transport"),
     },
     "adapters.uvicorn": {
         *("adapters.http", "adapters.httptools", "adapters.versions", "adapters.visit", "adapters.websocket"),
         *("asgi", "errors", "messages", "worker.application", "worker.host", "worker.hosted", "worker.served"),
-        "worker.transport",
+        *("worker.adapter", "worker.transport"),
     },
     # ---- the operator's side, and the user's tests
     "console": {"directory", "errors", "sockets"},

@@ -6,15 +6,19 @@ import asyncio
 import socket
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from copyover.messages import Act, Kind, Record, RecordFlag
-from copyover.worker.hosted import HIGH_WATER_BYTES, Adapter, Face, Hosted, Staying
+from copyover.worker.adapter import Adapter, Staying
+from copyover.worker.hosted import HIGH_WATER_BYTES, Hosted
 from copyover.worker.served import CannotFreeze, Course
 from copyover.worker.transport import Phase, Transport
 from inside import Line, Plain, listen, turns, until
+
+if TYPE_CHECKING:
+    from copyover.worker.face import Face
 
 DESCRIPTORS = Path("/proc/self/fd")
 MUCH = bytes(4 << 20)  # more than a socket takes

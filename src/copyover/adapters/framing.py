@@ -69,6 +69,31 @@ class Chunks:
         self._part = _Part.DATA if size else _Part.TRAILER
 
 
+CHUNKED, LENGTH, UNTIL_CLOSED = "chunked", "length", "close"
+
+
+@attrs.frozen
+class Response:
+    """How the body of a response under way ends; *is_last*: with the connection. RFC 9112, 6.3"""
+
+    framing: str
+    left: int
+    is_last: bool
+
+    @classmethod
+    def of(cls, head: bytes, sent_bytes: int) -> Response:
+        lines = head.lower().split(b"\r\n")
+        length = next((int(line[15:]) for line in lines if line.startswith(b"content-length:")), None)
+        is_chunked = b"transfer-encoding: chunked" in lines
+        framing = CHUNKED if is_chunked else UNTIL_CLOSED if length is None else LENGTH
+        return cls(framing, (length or 0) - sent_bytes, b"connection: close" in lines)
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Return what makes another response end in the same way."""
+        made = {CHUNKED: [(b"transfer-encoding", b"chunked")], LENGTH: [(b"content-length", b"%d" % self.left)]}
+        return made.get(self.framing, []) + ([(b"connection", b"close")] if self.is_last else [])
+
+
 @attrs.frozen
 class FrameHeader:
     """

@@ -11,27 +11,25 @@ import asyncio
 import json
 from typing import TYPE_CHECKING, Any
 
-import attrs
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from copyover.adapters.framing import HEAD_END, Chunks
+from copyover.adapters.framing import HEAD_END, LENGTH, Chunks, Response
 from copyover.adapters.visit import Visit, check_readable
 from copyover.messages import Kind
-from copyover.worker.hosted import Adapter
+from copyover.worker.adapter import Adapter
 from copyover.worker.transport import READ_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
 
     from copyover.adapters.uvicorn import Uvicorn
-    from copyover.worker.hosted import Face
+    from copyover.worker.face import Face
 
 _BLANK = b"\r\n"
 _IDLE = b"h"  # a state's first byte: between two requests, with what is left of the keep-alive time in seconds
 _STREAM = b"s"  # in the middle of a response without end
 _QUIET_TURNS = 12  # of the loop: what an application has sent may pass through a few tasks of its middleware
 
-_CHUNKED, _LENGTH, _CLOSE = "chunked", "length", "close"
 _SENDING = "its application may be sending"
 
 # What is touched of uvicorn's protocol objects.
@@ -203,7 +201,7 @@ class Http(Adapter):
     @property
     def obstacle(self) -> str | None:
         response = self._response if self._is_answering and not self._body else None
-        if response is None or response.framing == _LENGTH or self.flow.write_paused:
+        if response is None or response.framing == LENGTH or self.flow.write_paused:
             return None  # it may well be over soon
         return self._why_no_stream()
 
@@ -213,7 +211,7 @@ class Http(Adapter):
         if visit is None or response is None or self.cycle.scope["method"] == "HEAD":
             return "a request is being answered"
         # Who speaks for the whole application does not speak for its files.
-        if response.framing == _LENGTH and not visit.has_said:
+        if response.framing == LENGTH and not visit.has_said:
             return "a request is being answered"
         if not visit.is_resumable:
             return "its response is a stream, and its application has not said that it can be entered again"
@@ -329,28 +327,6 @@ class Http(Adapter):
     @property
     def visit(self) -> Visit | None:
         return self._visit if self._is_answering else None
-
-
-@attrs.frozen
-class Response:
-    """How the body of a response under way ends; *is_last*: with the connection. RFC 9112, 6.3"""
-
-    framing: str
-    left: int
-    is_last: bool
-
-    @classmethod
-    def of(cls, head: bytes, sent_bytes: int) -> Response:
-        lines = head.lower().split(b"\r\n")
-        length = next((int(line[15:]) for line in lines if line.startswith(b"content-length:")), None)
-        is_chunked = b"transfer-encoding: chunked" in lines
-        framing = _CHUNKED if is_chunked else _CLOSE if length is None else _LENGTH
-        return cls(framing, (length or 0) - sent_bytes, b"connection: close" in lines)
-
-    def headers(self) -> list[tuple[bytes, bytes]]:
-        """Return what makes another response end in the same way."""
-        made = {_CHUNKED: [(b"transfer-encoding", b"chunked")], _LENGTH: [(b"content-length", b"%d" % self.left)]}
-        return made.get(self.framing, []) + ([(b"connection", b"close")] if self.is_last else [])
 
 
 def check(state: bytes) -> None:

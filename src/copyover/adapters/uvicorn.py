@@ -17,9 +17,10 @@ from copyover import asgi
 from copyover.adapters import versions
 from copyover.errors import StartupFailed
 from copyover.messages import Kind, Record, RecordFlag
+from copyover.worker.adapter import Staying
 from copyover.worker.application import json_bytes
 from copyover.worker.host import Host
-from copyover.worker.hosted import Hosted, Staying
+from copyover.worker.hosted import Hosted
 from copyover.worker.served import CannotFreeze, Limits, Served
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from copyover.adapters.deflate import Deflate
 from copyover.adapters.framing import CLOSE, CONTINUATION, FrameHeader, frame_header
 from copyover.adapters.visit import Visit, check_readable
 from copyover.messages import Kind
-from copyover.worker.hosted import Adapter
+from copyover.worker.adapter import Adapter
 from copyover.worker.served import CannotFreeze
 from copyover.worker.transport import READ_BYTES
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from websockets.http11 import Request
 
     from copyover.adapters.uvicorn import Uvicorn
-    from copyover.worker.hosted import Face
+    from copyover.worker.face import Face
 
 # What is touched of uvicorn's protocol objects, and of the websockets connection in them.
 PARTS = (

@@ -6,19 +6,20 @@ It feeds the protocol and halts where that says that it can be frozen; what the 
 
 from __future__ import annotations
 
-import abc
-import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
-from copyover.messages import Act, Kind, RecordFlag
-from copyover.worker.served import CannotFreeze, Course, Served
+from copyover.messages import Act, RecordFlag
+from copyover.worker.adapter import Adapter, Staying
+from copyover.worker.face import Face
+from copyover.worker.served import Course, Served
 from copyover.worker.transport import Phase
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable
 
-    from copyover.messages import Record
+    from copyover.messages import Kind, Record
     from copyover.worker.host import Host
     from copyover.worker.served import Limits
     from copyover.worker.transport import Transport
@@ -27,67 +28,6 @@ log = logging.getLogger("copyover.worker")
 
 HIGH_WATER_BYTES = 64 << 10  # unsent, at which a protocol is asked to write no more; as in asyncio
 LOW_WATER_BYTES = HIGH_WATER_BYTES // 4
-
-
-class Adapter(abc.ABC):
-    """What a protocol object must be able to do, to be served across reloads."""
-
-    kind: Kind
-
-    @abc.abstractmethod
-    def feed(self, buffer: bytearray) -> bool:
-        """
-        Take whole pieces off the front of *buffer*; False if it has to wait, for more bytes or for its application.
-
-        What is left in the buffer travels as it is: a head, a frame or a message that is not complete is left there.
-        """
-
-    @abc.abstractmethod
-    def can_freeze(self) -> str | None:
-        """Return why it cannot be frozen now, None if it can."""
-
-    @abc.abstractmethod
-    def freeze(self) -> bytes:
-        """
-        Return what its successor needs beside the unread bytes.
-
-        Raises:
-            CannotFreeze: it would not come out as it went in.
-
-        """
-
-    @abc.abstractmethod
-    def thaw(self, state: bytes) -> None:
-        """Become what *state* says; called once, right after ``connection_made``."""
-
-    @property
-    def obstacle(self) -> str | None:
-        """Why it will not be able to freeze soon; None if it may."""
-        return None
-
-    def snapshot(self) -> bytes:
-        """Return what ``freeze`` would, for the slot: at each boundary, so it had better be cheap."""
-        return self.freeze()
-
-    def halted(self) -> None:
-        """Let no timer fire from here on."""
-
-    def going_on(self) -> None:
-        """Go on after ``halted``, where it was."""
-
-    def asked(self) -> None:
-        """Say ``settle`` to the connection once it can freeze: a halt was asked for, and it could not."""
-
-    def abandon(self) -> None:
-        """Be no more, quietly: somebody else serves it by now."""
-
-    def wrote(self, data: bytes | bytearray | memoryview) -> None:
-        """Note what was just written."""
-
-    @property
-    def visit(self) -> Any:
-        """The entry of the application that will not end here if the connection moves; None if there is none."""
-        return None
 
 
 class Hosted(Served):
@@ -404,107 +344,3 @@ class Hosted(Served):
         is_halted = self._course in (Course.HALTED, Course.FROZEN)
         encoded: bytes = self.protocol.freeze() if is_halted else self.protocol.snapshot()
         return encoded
-
-
-class Staying(Adapter, asyncio.Protocol):
-    """A protocol object that nobody taught to freeze, and that ends where it began."""
-
-    kind = Kind.HTTP
-
-    def __init__(self, protocol: Any, reason: str) -> None:
-        self._protocol = protocol
-        self._reason = reason
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._protocol.connection_made(transport)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._protocol.connection_lost(exc)
-
-    def pause_writing(self) -> None:
-        self._protocol.pause_writing()
-
-    def resume_writing(self) -> None:
-        self._protocol.resume_writing()
-
-    def feed(self, buffer: bytearray) -> bool:
-        piece = bytes(buffer)
-        buffer.clear()
-        self._protocol.data_received(piece)
-        return True
-
-    def can_freeze(self) -> str | None:
-        return self._reason
-
-    @property
-    def obstacle(self) -> str | None:
-        return self._reason
-
-    def freeze(self) -> bytes:
-        raise CannotFreeze(self._reason)
-
-    def thaw(self, _state: bytes) -> None:
-        raise CannotFreeze(self._reason)
-
-    def shutdown(self) -> None:
-        self._protocol.shutdown()
-
-
-class Face(asyncio.Transport):
-    """What a protocol sees of its connection: an asyncio transport."""
-
-    __slots__ = ("_hosted",)
-
-    def __init__(self, hosted: Hosted) -> None:
-        super().__init__()
-        self._hosted = hosted
-
-    @property
-    def hosted(self) -> Hosted:
-        return self._hosted
-
-    def get_extra_info(self, name: str, default: Any = None) -> Any:
-        sock = self._hosted.transport.socket
-        known: dict[str, Callable[[], Any]] = {
-            "socket": lambda: sock,
-            "peername": sock.getpeername,
-            "sockname": sock.getsockname,
-        }
-        try:
-            return known[name]() if name in known else default
-        except OSError:  # the client has gone already
-            return default
-
-    def is_closing(self) -> bool:
-        return self._hosted.is_closing
-
-    def close(self) -> None:
-        self._hosted.close()
-
-    def abort(self) -> None:
-        self._hosted.abort()
-
-    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
-        self._hosted.switch(protocol)
-
-    def get_protocol(self) -> asyncio.BaseProtocol:
-        found: asyncio.BaseProtocol = self._hosted.protocol
-        return found
-
-    def is_reading(self) -> bool:
-        return not self._hosted.is_closing
-
-    def pause_reading(self) -> None:
-        self._hosted.pause_reading()
-
-    def resume_reading(self) -> None:
-        self._hosted.resume_reading()
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        self._hosted.write(data)
-
-    def get_write_buffer_size(self) -> int:
-        return len(self._hosted.transport.output)
-
-    def can_write_eof(self) -> bool:
-        return False
