@@ -129,7 +129,12 @@ def _say(found: dict[str, Any], name: str, version: int) -> None:
 def _decorate(route: F, *, version: int, reads: frozenset[int], name: str) -> F:
     called = route if hasattr(route, "__qualname__") else type(route)  # an object has no name of its own
     name = name or f"{called.__module__}.{called.__qualname__}"
-    routes[name] = Route(version, reads)
+    told = routes.setdefault(name, Route(version, reads))
+    if told.version != version:
+        raise CopyoverError(
+            f"two resumable routes are called {name}, with states of versions {told.version} and {version}: give one of "
+            f"them a name of its own, resumable(name=…)"
+        )
 
     def say(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found = entered.get()

@@ -122,12 +122,15 @@ class Hosted(Served):
 
         A slot that has the unsent bytes stays exact while they leave, however far they come.
         """
-        is_behind = self.slot is not None and (bool(self._transport.output) or self.slot.is_behind(self._transport))
-        fits = self.slot is not None and len(self._transport.output) <= self.slot.room_bytes // 2
-        if is_behind and fits:
-            self._save()
-        self._flush()
-        if is_behind and not fits:
+        slot, transport = self.slot, self._transport
+        if slot is None or not (transport.output or slot.is_behind(transport)):
+            self._flush()
+            return
+        if len(transport.output) <= slot.room_bytes // 2:
+            slot.save(transport, self)
+            self._flush()
+        else:
+            self._flush()
             self._save()
 
     def _flush(self) -> None:
