@@ -68,6 +68,29 @@ def test_a_release_with_an_unknown_uvicorn_is_refused(copyover_server: Servers, 
         assert client.get("/").status == 404
 
 
+def test_from_live_to_listeners_only(copyover_server: Servers) -> None:
+    """What the replacement does not take stays in the incumbent: the way to a uvicorn that is not known."""
+    server = copyover_server("asgi_raw:app", chdir="tests/apps")
+    with HttpClient(server.address) as old, WebSocketClient(server.address, "/number") as talk:
+        incumbent = old.get("/who").pid
+        assert talk.ask_text("x").startswith("1 ")
+        server.configure(handoff="listeners")
+        result = server.reload().assert_lossless()
+        assert (result.moved, result.kept) == (0, 2)
+        assert old.get("/who").pid == incumbent
+        assert talk.ask_text("x").startswith("2 ")
+        with HttpClient(server.address) as new:
+            assert new.get("/who").pid != incumbent
+
+
+def test_a_handler_does_not_follow_an_asgi_application(copyover_server: Servers) -> None:
+    """Neither can go on with the other's connections, and it is said what to do instead."""
+    server = copyover_server("asgi_raw:app", chdir="tests/apps")
+    server.configure(app="echo:echo")
+    refused = server.reload().assert_refused()
+    assert "another interface (handler) than the incumbent (asgi)" in str(refused.error)
+
+
 def test_listeners_only(copyover_server: Servers) -> None:
     """Any uvicorn: new connections come to the replacement, each old one ends where it began; no handshake is lost."""
     server = copyover_server("asgi_raw:app", chdir="tests/apps", config={"handoff": "listeners"})

@@ -132,8 +132,8 @@ def _decorate(route: F, *, version: int, reads: frozenset[int], name: str) -> F:
     told = routes.setdefault(name, Route(version, reads))
     if told.version != version:
         raise CopyoverError(
-            f"two resumable routes are called {name}, with states of versions {told.version} and {version}: give one of "
-            f"them a name of its own, resumable(name=…)"
+            f"two resumable routes are called {name}, with states of versions {told.version} and {version}: give one "
+            f"of them a name of its own, resumable(name=…)"
         )
 
     def say(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

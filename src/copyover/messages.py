@@ -190,7 +190,7 @@ class Ready(Message):
     writes: int = rare(int)  # the schema of the states that it writes
     reads: list[int] = rare(list)  # the schemas that it can read
     shares: bool = rare(bool)  # it exports and imports shared state
-    interface: str = rare(str)  # what the application is: "handler" or "asgi"
+    interface: str = rare(str)  # what it serves: "handler", "asgi", or "listeners": asgi that takes no connections
 
 
 @attrs.frozen(kw_only=True)

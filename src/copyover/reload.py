@@ -102,6 +102,12 @@ class Machine(Undoing):
         replacements = [worker.abilities for worker in self._move.living_replacements() if worker.abilities]
         asked = self._under_way.asked
         for new in replacements:
+            if any((old.interface == "handler") != (new.interface == "handler") for old in incumbents):
+                return (
+                    f"generation {asked.generation} is of another interface ({new.interface}) than the incumbent "
+                    f"({incumbents[0].interface}), and cannot go on with its connections: start it under another "
+                    f"--name and address, and stop this one when its clients have gone"
+                )
             for schema in sorted({old.writes for old in incumbents}.difference(new.reads)):
                 return (
                     f"generation {asked.generation} reads states of schema {', '.join(map(str, new.reads))}, the "
@@ -197,13 +203,19 @@ class Machine(Undoing):
         if not self._move.is_complete:
             return
         move = self._move
-        if move.given_back and move.kept and not move.moved and move.living_incumbents():
+        if move.given_back and move.kept and not move.moved and move.living_incumbents() and self._takes_connections:
             reason = next(iter(move.kept.values()))
             self._roll_back(f"the replacement could read none of the {move.given_back} states: {reason}")
         elif self._under_way.asked.bake_s > 0:
             self._bake()
         else:
             self._commit()
+
+    @property
+    def _takes_connections(self) -> bool:
+        """Whether the replacement is one that means to: listeners alone may be all that it asks for."""
+        replacements = [worker.abilities for worker in self._move.living_replacements() if worker.abilities]
+        return any(abilities.interface != "listeners" for abilities in replacements)
 
     # ---- baking
 

@@ -45,7 +45,6 @@ _JSON, _BYTES = b"j", b"b"
 class Uvicorn(Host):
     """An ASGI application and the server that serves it."""
 
-    interface = "asgi"
     kind = Kind.HTTP
     is_json = False
     schema = SCHEMA
@@ -60,6 +59,7 @@ class Uvicorn(Host):
         self._application = application
         self._limits = limits
         self._is_live = options.get("handoff", "live") == "live"
+        self.interface = "asgi" if self._is_live else "listeners"
         self._shared_bytes = int(options.get("shared_bytes", SHARED_BYTES))
         resume = options.get("resume", ())
         self.resumes_websockets = "websocket" in resume

@@ -27,7 +27,7 @@ class Host(abc.ABC):
     *cede* that one may be given up which stayed behind.
     """
 
-    interface: ClassVar[str]
+    interface: str
     kind: ClassVar[Kind]  # of a fresh connection
     is_json: bool  # its states are JSON, unless the application has its own way
     schema: int
