@@ -117,20 +117,13 @@ class Hosted(Served):
             self._host.cede(self)
 
     def _save_and_flush(self) -> None:
-        """
-        Save before the client can see what it is sent: it may have us killed at once, and is idle by then.
-
-        A slot that has the unsent bytes stays exact while they leave, however far they come.
-        """
+        """Save before the client can see what it is sent: it is idle by then, and we may be killed at once."""
         slot, transport = self.slot, self._transport
-        if slot is None or not (transport.output or slot.is_behind(transport)):
-            self._flush()
-            return
-        if len(transport.output) <= slot.room_bytes // 2:
-            slot.save(transport, self)
-            self._flush()
-        else:
-            self._flush()
+        if slot is not None and (transport.output or slot.is_behind(transport)):
+            slot.save_ahead(transport, self.protocol.snapshot)
+        self._flush()
+        # Where the kernel has not taken all of it, or counts nothing and the use of the socket was marked.
+        if transport.output or (slot is not None and slot.is_touched):
             self._save()
 
     def _flush(self) -> None:

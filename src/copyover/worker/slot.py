@@ -172,8 +172,29 @@ class Slot(slots.Pen):
 
     def save(self, transport: Transport, state: object, flags: int = 0) -> None:
         """Say that the connection stands at a boundary with this."""
-        encoded = b"" if flags & _FINISHED else self._state_bytes(state)
-        received, sent, unsent = transport.received, transport.sent, transport.output
+        self._put(transport, b"" if flags & _FINISHED else self._state_bytes(state), transport.output, flags)
+
+    def save_ahead(self, transport: Transport, encode: Callable[[], bytes]) -> None:
+        """
+        Say that it stands at a boundary with what *encode* returns, once the kernel has taken what is unsent.
+
+        Until then the slot speaks of bytes that there never were, and proves nothing. It is cheaper than one that
+        holds them, and as good: who is killed before the client has its answer is killed in the middle of a message.
+        """
+        encoded: bytes | None = None
+        try:
+            encoded = encode()
+        except Exception as problem:  # noqa: BLE001  # whatever encode raises means that it cannot be saved
+            self._slots.complain(f"a state cannot be saved: {type(problem).__name__}: {problem}")
+        if encoded is not None and len(encoded) > self._most_bytes:
+            self._slots.complain(f"states of more than {self._most_bytes} bytes are not saved: raise slot_bytes")
+            encoded = None
+        self._put(transport, encoded, b"", 0, len(transport.output))
+
+    def _put(  # at each boundary: keywords cost
+        self, transport: Transport, encoded: bytes | None, unsent: bytes | bytearray, flags: int, ahead: int = 0
+    ) -> None:
+        received, sent = transport.received, transport.sent + ahead
         self._counted = (received, sent, len(unsent))
         half = ~self.sequence & 1
         if flags or unsent or transport.input or transport.held:
