@@ -433,6 +433,19 @@ def test_kill_9_of_a_worker_costs_idle_connections_nothing(copyover_server: Serv
         assert server.status()["counters"].get("lost", 0) == 0
 
 
+def test_kill_9_of_a_worker_costs_idle_connections_on_a_unix_socket_nothing(
+    copyover_server: Servers, tmp_path: Path
+) -> None:
+    """The kernel counts no bytes there: a mark in the slot tells that the socket was used, and is taken away again."""
+    server = copyover_server("asgi_raw:app", chdir="tests/apps", listen=[f"unix://{tmp_path}/s"])
+    with HttpClient(server.path) as client:
+        for _ in range(3):
+            before = client.get("/who").pid
+            kill_worker(server)
+            assert client.get("/who").pid != before
+        assert server.status()["counters"].get("lost", 0) == 0
+
+
 def test_kill_9_of_a_worker_resets_a_request_that_it_had_begun(copyover_server: Servers, tmp_path: Path) -> None:
     """Whether it was done nobody knows: the client is told at once, and nothing is done twice."""
     server = serve(copyover_server)
