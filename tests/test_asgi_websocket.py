@@ -558,3 +558,12 @@ def test_a_roll_back_brings_websockets_back_with_every_message(
         assert late.ask_text("x").startswith("2 ")
         server.reload().assert_lossless()
         assert check(4) != incumbent
+
+
+def test_who_goes_in_the_middle_of_a_frame_is_gone(copyover_server: Servers) -> None:
+    """Also where nobody said that the application can be entered again: nothing waits for the rest of it."""
+    server = serve(copyover_server)
+    with WebSocketClient(server.address, "/echo-unsaid") as client:
+        assert client.ask_text("x") == "x"
+        client.send(b"\x81\xfe\x00")
+    wait_until(lambda: server.status()["connections"]["live"] == 0, "the connection to end")

@@ -73,6 +73,10 @@ class Lines(Adapter, asyncio.Protocol):
     def can_freeze(self) -> str | None:
         return "a line is being answered" if self.is_waiting else None
 
+    @property
+    def is_busy(self) -> bool:
+        return self.is_waiting
+
     def freeze(self) -> bytes:
         return b"%d" % len(self.lines)
 

@@ -87,6 +87,10 @@ class Http(Adapter):
         return self._feed_head(buffer)
 
     @property
+    def is_busy(self) -> bool:
+        return self._is_answering
+
+    @property
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 

@@ -188,6 +188,10 @@ class WebSocket(Adapter, WebSocketsSansIOProtocol):
         return None if self._is_parked and self.queue.empty() else "its application is at a message"
 
     @property
+    def is_busy(self) -> bool:
+        return self.handshake_complete and not (self._is_parked and self.queue.empty())
+
+    @property
     def obstacle(self) -> str | None:
         return _UNSAID if self.handshake_complete and not self._visit.is_resumable else None
 

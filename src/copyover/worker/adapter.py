@@ -50,6 +50,11 @@ class Adapter(abc.ABC):
         """Why it will not be able to freeze soon; None if it may."""
         return None
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether input may be waiting for its application, and not for more bytes."""
+        return False
+
     def snapshot(self) -> bytes:
         """Return what ``freeze`` would, for the slot: at each boundary, so it had better be cheap."""
         return self.freeze()

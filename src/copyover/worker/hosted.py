@@ -187,7 +187,7 @@ class Hosted(Served):
         """The client will send no more; what it sent whole is served first, the rest is of no use."""
         if self.protocol is None or self._is_paused:
             return False
-        return not (self._transport.input and self.protocol.can_freeze())
+        return not (self._transport.input and self.protocol.is_busy)
 
     def _feed(self) -> None:
         """Give the protocol what it takes, one piece after the other; asked to halt, at most up to a boundary."""
