@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import json
 import os
 import random
 import signal
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -24,6 +26,7 @@ from asgi_servers import (
     wait_blocked,
     wait_phase,
 )
+from clients import DEADLINE_S
 from gates import Gate, lines_of, wait_until
 from http_client import HttpClient
 from websocket_cases import noise, prose
@@ -567,3 +570,28 @@ def test_who_goes_in_the_middle_of_a_frame_is_gone(copyover_server: Servers) -> 
         assert client.ask_text("x") == "x"
         client.send(b"\x81\xfe\x00")
     wait_until(lambda: server.status()["connections"]["live"] == 0, "the connection to end")
+
+
+def test_a_client_that_never_stops_talking_moves(copyover_server: Servers) -> None:
+    """With messages always on their way there is no silence, and still a boundary between two of them."""
+    server = serve(copyover_server, **PATIENT)
+    stop = threading.Event()
+    with WebSocketClient(server.address, "/number") as client:
+        for _ in range(8):
+            client.send_text("x")
+
+        def talk() -> list[str]:
+            answers = []
+            while not stop.is_set():
+                answers.append(client.message())
+                client.send_text("x")
+            return answers
+
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            talking = pool.submit(talk)
+            for _ in range(3):
+                assert server.reload().assert_lossless().moved == 1
+            stop.set()
+            answers = talking.result(DEADLINE_S)
+    assert [int(answer.split()[0]) for answer in answers] == list(range(1, len(answers) + 1))
+    assert len({pid_in(answer) for answer in answers}) >= 3

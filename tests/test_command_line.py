@@ -51,7 +51,7 @@ BAD_INPUT = {
     "no such module": (["nowhere:app"], 10, "there is no module nowhere in"),
     "no such attribute": (["echo:nothing"], 10, "has no nothing"),
     "no attribute": (["echo"], 10, "write module:attribute"),
-    "not a handler": (["handlers:ticks"], 11, "an async def handler(connection) is needed"),
+    "not a handler": (["handlers:ticks"], 11, "an async def handler(connection), or an ASGI application, is needed"),
     "not async": (["handlers:not_async"], 11, "is no coroutine function"),
     "bad address": (["--listen", "localhost", "echo:echo"], 14, "write HOST:PORT"),
     "bad port": (["--listen", "localhost:http", "echo:echo"], 14, "is no number from 0 to 65535"),

@@ -208,7 +208,7 @@ def test_what_is_left_is_what_was_not_given() -> None:
 
 
 def test_a_message_at_a_time() -> None:
-    """While the application is at one, the next is ready for it; those after it wait in the buffer, and move."""
+    """While the application is at one, those after it wait in the buffer, so that there is a boundary; and move."""
 
     async def scene(line: Line, browser: Browser, app: Application) -> None:
         await turns()
@@ -217,13 +217,13 @@ def test_a_message_at_a_time() -> None:
         await until(lambda: app.received == ["one"])
         await turns()
         assert app.received == ["one"]
-        assert len(line.transport.input) == len(data_of(text(b"three")))
+        assert len(line.transport.input) == len(data_of(text(b"two")) + data_of(text(b"three")))
         halted: list[bool] = []
         assert not line.served.ask_to_halt(lambda: halted.append(True))
         assert line.served.reason == "its application is at a message"
         app.gate.set()
         await until(lambda: halted)
-        assert app.received == ["one", "two"]
+        assert app.received == ["one"]
         await line.move()
         enter(line)
         await until(lambda: app.received == ["one", "two", "three"])

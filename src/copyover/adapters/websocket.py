@@ -103,12 +103,28 @@ class WebSocket(Adapter, WebSocketsSansIOProtocol):
             return self._pass(buffer, header.size_bytes, start=self._whole)
         end = self._whole + header.size_bytes
         if header.is_final:
+            if header.opcode != CLOSE and not self._is_awaited:
+                return False
             self._whole = self._payload = 0
             return self._pass(buffer, end)
         self._whole = end
         self._payload += header.payload_bytes
         self._face.hosted.transport.want(end + READ_BYTES)
         return True
+
+    @property
+    def _is_awaited(self) -> bool:
+        """Whether a message has a taker; one that came into the queue early would leave no boundary before it."""
+        return (self._is_parked and self.queue.empty()) or self._is_closing
+
+    @property
+    def _is_closing(self) -> bool:
+        return self.close_sent or self.disconnected or self.conn.state is not OPEN
+
+    def wrote(self, _data: bytes | bytearray | memoryview) -> None:
+        """Once it is closing nothing waits for the application any more; the client's close may be behind it."""
+        if self._is_closing:
+            self._face.hosted.settle_soon()
 
     def _can_wait_for(self, header: FrameHeader) -> bool:
         """Whether its end may be waited for; what the protocol would refuse at once, it gets at once."""
@@ -148,6 +164,8 @@ class WebSocket(Adapter, WebSocketsSansIOProtocol):
         if self.queue.empty():
             self._is_parked = True
             self._face.hosted.settle()
+            if self._face.hosted.transport.input:
+                self._face.hosted.settle_soon()  # what waited for the application to wait
         try:
             return await super().receive()
         finally:
@@ -179,7 +197,7 @@ class WebSocket(Adapter, WebSocketsSansIOProtocol):
     def can_freeze(self) -> str | None:
         if not self.handshake_complete:
             return "its handshake is under way"
-        if self.close_sent or self.disconnected or self.conn.state is not OPEN:
+        if self._is_closing:
             return "it is closing"
         if not self._visit.is_resumable:
             return _UNSAID
@@ -189,7 +207,7 @@ class WebSocket(Adapter, WebSocketsSansIOProtocol):
 
     @property
     def is_busy(self) -> bool:
-        return self.handshake_complete and not (self._is_parked and self.queue.empty())
+        return self.handshake_complete and not self._is_awaited
 
     @property
     def obstacle(self) -> str | None:
