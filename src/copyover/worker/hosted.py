@@ -108,7 +108,6 @@ class Hosted(Served):
         if not self.is_at_boundary:
             self._flush()
         elif self._course is Course.ASKED:
-            self._flush()
             self._arrive()
             self._halt_and_say()
         else:
@@ -137,7 +136,10 @@ class Hosted(Served):
 
     def _settle_now(self) -> None:
         self._poke = None
-        self._feed_and_settle()
+        if self._transport.error is not None:
+            self._lose(self._transport.error)
+        else:
+            self._feed_and_settle()
 
     def _feed_and_settle(self) -> None:
         self._feed()
@@ -161,6 +163,8 @@ class Hosted(Served):
         self._arrive()
 
     def _halt_now(self) -> None:
+        if self.protocol is not None and not self.is_left:
+            self._save_and_flush()  # we may be killed before its record is taken
         super()._halt_now()
         if self.protocol is not None:
             self.protocol.halted()
@@ -286,8 +290,8 @@ class Hosted(Served):
             self._loop.call_soon(self._lose, None)
 
     def _lose(self, problem: Exception | None) -> None:
-        if self._is_lost or self.protocol is None:
-            return
+        if self._is_lost or self.protocol is None or self._course is Course.FROZEN:
+            return  # whoever goes on with a frozen one finds out himself
         self._is_lost = True
         self.protocol.connection_lost(problem)
         if not self.is_left:
