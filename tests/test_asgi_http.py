@@ -459,3 +459,17 @@ def test_kill_9_of_a_worker_resets_a_request_that_it_had_begun(copyover_server: 
         assert idle.get("/who").status == 200
         assert server.status()["counters"]["lost"] == 1
     assert lines_of(tmp_path / "log") == ["a"]
+
+
+def test_kill_9_of_a_worker_does_no_pipelined_request_twice(copyover_server: Servers, tmp_path: Path) -> None:
+    """The second came with the first, so the kernel has seen nothing since the boundary between them."""
+    server = serve(copyover_server)
+    with HttpClient(server.address) as busy, Gate(tmp_path / "gate") as gate:
+        busy.send(request("/who") + request(f"/count?id=a&log={tmp_path}/log&gate={gate.path}"))
+        assert busy.response().status == 200
+        gate.wait_reached()
+        kill_worker(server)
+        with pytest.raises(ConnectionResetError):
+            busy.receive(1)
+        assert server.status()["counters"]["lost"] == 1
+    assert lines_of(tmp_path / "log") == ["a"]

@@ -93,8 +93,9 @@ def _doubts(content: Content, counters: Counters | None) -> Iterator[str]:
         yield "its state did not fit the slot"
     if _is_false(content, counters):
         yield "its slot speaks of bytes that there never were"
-    if counters is None and content.is_touched:
-        yield "its socket was used since its last boundary"
+    if content.is_touched:
+        used = "its socket" if counters is None else "what it had read ahead"
+        yield f"{used} was used since its last boundary"
     if counters is not None and counters.read != content.received and not is_finished:
         yield f"{counters.read - content.received} bytes were read since its last boundary"
     if counters is not None and counters.written > content.sent + content.unsent_bytes:

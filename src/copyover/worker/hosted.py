@@ -198,6 +198,9 @@ class Hosted(Served):
         if self.protocol is None or self._is_busy:
             return
         self._is_busy = True
+        if self.slot is not None and self._transport.input and not self.slot.is_behind(self._transport):
+            # The kernel counts nothing when a message is taken that was read before: it must not be served twice.
+            self.slot.touch()
         try:
             while self._takes_input and not self._is_to_halt and self.protocol.feed(self._transport.input):
                 pass
@@ -290,7 +293,7 @@ class Hosted(Served):
             self._loop.call_soon(self._lose, None)
 
     def _lose(self, problem: Exception | None) -> None:
-        if self._is_lost or self.protocol is None or self._course is Course.FROZEN:
+        if self._is_lost or self.protocol is None or (self._course is Course.FROZEN and not self.is_left):
             return  # whoever goes on with a frozen one finds out himself
         self._is_lost = True
         self.protocol.connection_lost(problem)
