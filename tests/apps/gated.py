@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
@@ -12,12 +13,18 @@ if TYPE_CHECKING:
 
 
 async def wait_gate(path: str) -> None:
-    """Return once somebody has opened the FIFO *path* for writing, and written."""
+    """Return once somebody has opened the FIFO *path* for writing, and closed it again: it is empty then."""
     loop = asyncio.get_running_loop()
     opened: asyncio.Future[None] = loop.create_future()
-    # Without a writer it opens at once, and is not readable before one has written. fifo(7)
+    # Without a writer it opens at once, and is not readable before one has written or closed. fifo(7)
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    loop.add_reader(descriptor, lambda: None if opened.done() else opened.set_result(None))
+
+    def look() -> None:
+        with contextlib.suppress(BlockingIOError):  # another who waits here was faster
+            if not os.read(descriptor, 1) and not opened.done():
+                opened.set_result(None)
+
+    loop.add_reader(descriptor, look)
     try:
         await opened
     finally:
