@@ -405,3 +405,32 @@ def test_django_with_channels_said_to_be_resumable(copyover_server: Servers) -> 
             result = server.reload().assert_lossless()
             assert (result.moved, result.kept) == (2, 0)
         assert len(pids) == 3
+
+
+OLDER = """
+def wsgi(environ, start_response):
+    start_response("200 OK", [("Content-Length", "2")])
+    return [b"ok"]
+
+
+class Asgi2:
+    def __init__(self, scope):
+        self.scope = scope
+
+    async def __call__(self, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+"""
+
+
+@pytest.mark.parametrize(("interface", "name"), [("wsgi", "wsgi"), ("asgi2", "Asgi2")])
+def test_older_interfaces_are_served_where_they_are_named(
+    copyover_server: Servers, tmp_path: Path, interface: str, name: str
+) -> None:
+    """Their kept connections move as any."""
+    (tmp_path / "app.py").write_text(OLDER, encoding="utf-8")
+    server = serve(copyover_server, f"app:{name}", chdir=str(tmp_path), interface=interface)
+    with HttpClient(server.address) as client:
+        assert client.get("/").body == b"ok"
+        assert server.reload().assert_lossless().moved == 1
+        assert client.get("/").body == b"ok"

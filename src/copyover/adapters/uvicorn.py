@@ -104,6 +104,7 @@ class Uvicorn(Host):
             raise StartupFailed("uvicorn could not load the application; what it wrote says why") from exited
         if not self._is_live:
             self._make = config.http_protocol_class
+        self._moves_websockets &= config.ws_protocol_class is not None  # WSGI has none
         self._server = uvicorn.Server(config)
         self._check_parts()
         self._server.lifespan = config.lifespan_class(config)

@@ -241,9 +241,10 @@ def _application(found: object, spec: str, module: ModuleType) -> Application[An
     needed = "an async def handler(connection), or an ASGI application, is needed"
     if not callable(found):
         raise NotAHandler(f"{spec} is of type {type(found).__name__}; {needed}")
-    if not _is_coroutine_function(found):
-        raise NotAHandler(f"{spec} is no coroutine function; {needed}")
     count = _required_parameters(found)
+    if not _is_coroutine_function(found):
+        hint = " (a WSGI application is served with --interface wsgi)" if count == 2 else ""
+        raise NotAHandler(f"{spec} is no coroutine function; {needed}{hint}")
     if count != 1:
         raise NotAHandler(
             f"{spec} takes {count} arguments; a handler takes one, the connection, an ASGI application three"
