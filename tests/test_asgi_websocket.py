@@ -489,6 +489,24 @@ def test_kill_9_of_a_worker_costs_idle_websockets_nothing(copyover_server: Serve
         assert server.status()["counters"].get("lost", 0) == 0
 
 
+def test_kill_9_of_a_worker_resets_a_message_that_it_was_given_with_the_connection(
+    copyover_server: Servers, tmp_path: Path
+) -> None:
+    """The last of a cut to arrive is given its message as it arrives: it is not lost in silence, nor served twice."""
+    server = serve(copyover_server, **PATIENT)
+    with Gate(tmp_path / "gate") as gate, WebSocketClient(server.address, f"/busy?gate={gate.path}") as client:
+        client.send(frame(Op.TEXT, b"first") + frame(Op.TEXT, b"second"))
+        gate.wait_reached()
+        with reloading(server) as result:
+            wait_phase(server, "moving")
+            gate.open()
+            assert result().assert_lossless().moved == 1
+        assert client.message() == "first"
+        gate.wait_reached()
+        os.kill(server.worker_pids()[-1], signal.SIGKILL)
+        assert client.receive_frame() is None
+
+
 def test_kill_9_of_a_worker_resets_what_nobody_said_is_resumable(copyover_server: Servers) -> None:
     """Nobody is left waiting for an answer that never comes."""
     server = serve(copyover_server)

@@ -112,8 +112,9 @@ class Hosted(Served):
             self._halt_and_say()
         else:
             self._arrive()
-            self._save_and_flush()
-            self._host.cede(self)
+            if self.is_at_boundary:  # who arrives last has the input of the whole cut read, its own too
+                self._save_and_flush()
+                self._host.cede(self)
 
     def _save_and_flush(self) -> None:
         """Save before the client can see what it is sent: it is idle by then, and we may be killed at once."""
