@@ -107,14 +107,13 @@ class Hosted(Served):
             self.settle_soon()  # what came whole before the end is fed first
         if not self.is_at_boundary:
             self._flush()
-        elif self._course is Course.ASKED:
-            self._arrive()
+            return
+        self._arrive()  # who arrives last has the input of the whole cut read, its own too: then it settles in there
+        if self._course is Course.ASKED and self.is_at_boundary:
             self._halt_and_say()
-        else:
-            self._arrive()
-            if self.is_at_boundary:  # who arrives last has the input of the whole cut read, its own too
-                self._save_and_flush()
-                self._host.cede(self)
+        elif self._course is Course.RUNNING and self.is_at_boundary:
+            self._save_and_flush()
+            self._host.cede(self)
 
     def _save_and_flush(self) -> None:
         """Save before the client can see what it is sent: it is idle by then, and we may be killed at once."""
