@@ -229,7 +229,7 @@ def test_it_halts_at_its_next_boundary() -> None:
         await until(lambda: lines.lines)
         assert not line.served.ask_to_halt(lambda: halted.append(bytes(line.transport.input)))
         assert lines.events == ["made", "asked"]
-        assert line.served.is_asked
+        assert line.served.course is Course.ASKED
         await turns()
         assert not halted
         lines.answer(b"answer\n")

@@ -272,11 +272,14 @@ class Http(Adapter):
             timer.cancel()
             self.timeout_keep_alive_task = None
         if self._is_answering:
-            self._frozen = self._stream_state()
+            try:
+                self._frozen = self._stream_state()
+            except Exception as problem:  # noqa: BLE001  # whatever is wrong with it is said when its record is taken
+                self._frozen = problem
             self.flow.pause_writing()
 
-    def _stream_state(self) -> bytes | Exception:
-        """Return where the stream is, now that its application cannot send any more."""
+    def _stream_state(self) -> bytes:
+        """Return where the stream is; what the application's state raises passes."""
         assert self._visit is not None
         assert self._response is not None
         response = self._response
@@ -287,11 +290,7 @@ class Http(Adapter):
             "name": self._visit.name,
             "version": self._visit.version,
         }
-        try:
-            state = self._visit.state_bytes()
-        except Exception as problem:  # noqa: BLE001  # whatever is wrong with it is said when its record is taken
-            return problem
-        return b"\n".join([_STREAM + json.dumps(said).encode(), state, self._head])
+        return b"\n".join([_STREAM + json.dumps(said).encode(), self._visit.state_bytes(), self._head])
 
     def going_on(self) -> None:
         if self._keep_alive_s is not None:
@@ -308,12 +307,7 @@ class Http(Adapter):
         return self._frozen
 
     def snapshot(self) -> bytes:
-        if not self._is_answering:
-            return _IDLE
-        found = self._stream_state()
-        if isinstance(found, Exception):
-            raise found
-        return found
+        return self._stream_state() if self._is_answering else _IDLE
 
     def thaw(self, state: bytes) -> None:
         if state[:1] == _STREAM:

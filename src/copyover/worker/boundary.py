@@ -27,7 +27,7 @@ class Standing(Served):
     was entered or passed its last boundary, and is not pinned.
     """
 
-    __slots__ = ("_busy", "_drainers", "_gate", "_idle", "_is_waiting", "_pins", "_waiter")
+    __slots__ = ("_busy", "_drainers", "_gate", "_idle", "_is_stopping", "_is_waiting", "_pins", "_waiter")
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, transport: Transport, *, cookie: int, listener: str, limits: Limits
@@ -40,6 +40,7 @@ class Standing(Served):
         self._busy: str | None = None  # what took it away from its last boundary
         self._pins: list[str] | None = None
         self._is_waiting = False
+        self._is_stopping = False
 
     # ---- for the runtime
 

@@ -153,11 +153,6 @@ class Hosted(Served):
             self.protocol.asked()
         return is_halted
 
-    @property
-    def is_asked(self) -> bool:
-        """Whether it is to halt at its next boundary."""
-        return self._course is Course.ASKED
-
     def arrive(self) -> None:
         """Its application was entered again."""
         self._arrive()
@@ -248,10 +243,6 @@ class Hosted(Served):
         if self._transport.output:  # else a boundary has come first
             self.settle()
 
-    def flush(self) -> None:
-        """Send now what is to be sent at the end of this turn of the loop."""
-        self._transport.flush()
-
     def mute(self, *, is_muted: bool) -> None:
         """Discard what is written: the client has it."""
         self._is_muted = is_muted
@@ -307,7 +298,6 @@ class Hosted(Served):
         self.brought = state
 
     def stop(self) -> None:
-        self._is_stopping = True
         if self.protocol is not None and not self.is_left and self._course in (Course.RUNNING, Course.ASKED):
             self.protocol.shutdown()
 

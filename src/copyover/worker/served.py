@@ -52,7 +52,6 @@ class Served(abc.ABC):
     __slots__ = (
         "_carried",
         "_course",
-        "_is_stopping",
         "_limits",
         "_loop",
         "_on_halt",
@@ -90,7 +89,6 @@ class Served(abc.ABC):
         self._carried = 0  # the flags that it was restored with, until its first boundary
         self._course = Course.RUNNING
         self._on_halt: Callable[[], None] | None = None
-        self._is_stopping = False
         transport.on_change = self._changed
 
     def __repr__(self) -> str:

@@ -165,20 +165,7 @@ class Transport:
         """Send what is kept, as far as the kernel takes it; nobody is told, other than that the connection broke."""
         if not self.output or self._has_writer or not self._is_running or self.error is not None:
             return
-        if self.mark is not None:
-            self.mark()
-        try:
-            sent = self.socket.send(self.output)
-        except (BlockingIOError, InterruptedError):
-            sent = 0
-        except OSError as problem:
-            self._lose(problem)
-            return
-        self.sent += sent
-        if sent == len(self.output):
-            self.output.clear()
-        else:
-            del self.output[:sent]
+        if self._offer() and self.output:
             self._watch_output()
 
     def finish(self) -> None:
@@ -268,7 +255,8 @@ class Transport:
             self._watch_input()
         self.on_change()
 
-    def _send(self) -> None:
+    def _offer(self) -> bool:
+        """Give the kernel as much of what is unsent as it takes; False if the connection broke."""
         if self.mark is not None:
             self.mark()
         try:
@@ -277,9 +265,14 @@ class Transport:
             sent = 0
         except OSError as problem:
             self._lose(problem)
-            return
+            return False
         del self.output[:sent]
         self.sent += sent
+        return True
+
+    def _send(self) -> None:
+        if not self._offer():
+            return
         self._watch_output()
         if not self.output and self.phase is Phase.FINISHING:
             self._shut_down()
