@@ -125,7 +125,8 @@ ROOMS: dict[str, set[str]] = {
     # ---- the worker
     "": {"errors", "worker.application", "worker.connection"},  # for type checkers; loaded at first use
     "worker": set(),
-    "worker.transport": {"messages", "sockets"},
+    "worker.poller": set(),
+    "worker.transport": {"messages", "sockets", "worker.poller"},
     "worker.snapshot": set(),
     "worker.slot": {"errors", "messages", "slots", "worker.snapshot", "worker.transport"},
     "worker.served": {"errors", "messages", "worker.slot", "worker.transport"},
@@ -154,7 +155,8 @@ ROOMS: dict[str, set[str]] = {
     },
     "worker.__main__": {
         *("", "channel", "errors", "messages", "wire"),
-        *("worker.application", "worker.handlers", "worker.host", "worker.runtime", "worker.seeking"),
+        *("worker.application", "worker.handlers", "worker.host", "worker.poller", "worker.runtime"),
+        "worker.seeking",
         *("worker.served", "worker.slot", "adapters.environment", "adapters.uvicorn"),  # adapters at their first use
     },
     # ---- what an ASGI application says, and the servers whose connections move

@@ -200,14 +200,14 @@ class Process:
             if (self.number, cookie) in self.world.cannot_export:
                 refusals[cookie] = "too large"
                 continue
-            flags = messages.RecordFlag.CUT if asked.is_cut else messages.RecordFlag(0)
+            flags = messages.RecordFlag.CUT if asked.is_cut else 0
             records[cookie] = self.part_with(cookie, flags)
         self.perform(self.agent.exported(asked, records, refusals, b"shared" if asked.is_cut else None))
         for cookie in refusals:
             if cookie in self.locals:
                 self.go_on(cookie)
 
-    def part_with(self, cookie: int, flags: messages.RecordFlag) -> messages.Record:
+    def part_with(self, cookie: int, flags: int) -> messages.Record:
         local = self.locals[cookie]
         local.course = Course.INERT
         self.departed.add(cookie)
@@ -274,7 +274,7 @@ class Process:
 
     def cede(self, cookie: int) -> None:
         """It was kept, and is at a boundary."""
-        self.perform(self.agent.ceded({cookie: self.part_with(cookie, messages.RecordFlag(0))}))
+        self.perform(self.agent.ceded({cookie: self.part_with(cookie, 0)}))
 
     def may_cede(self, cookie: int) -> bool:
         local = self.locals[cookie]

@@ -101,7 +101,7 @@ def test_saves_follow_the_connection(file: File, transport: Transport) -> None:
         assert not slot.is_behind(transport)
         content = file.read()[5]
         assert content == slots.Content(
-            *(8 if turn == 5 else 0, RecordFlag(0), 7, 10 * turn, 20 * turn, bytes(transport.input)),
+            *(8 if turn == 5 else 0, 0, 7, 10 * turn, 20 * turn, bytes(transport.input)),
             *(bytes(transport.output), len(transport.output), b'{"seen":%d}' % (turn // 2)),
         )
     slot.touch()

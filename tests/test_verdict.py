@@ -13,7 +13,7 @@ from copyover.holder.verdict import Verdict, judge
 from copyover.messages import Record, RecordFlag
 from copyover.slots import Content, Counters, TcpState
 
-SLOT = Content(epoch=2, flags=RecordFlag(0), schema=4, received=100, sent=50, unread=b"par", state=b"{}")
+SLOT = Content(epoch=2, flags=0, schema=4, received=100, sent=50, unread=b"par", state=b"{}")
 OPEN = Counters(100, 50, TcpState.ESTABLISHED)
 
 

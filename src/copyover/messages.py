@@ -58,8 +58,8 @@ class Doing(enum.IntEnum):
     WAITS = 2  # it was given the record, and was not told to enter
 
 
-class RecordFlag(enum.IntFlag):
-    """What else a record says about its connection."""
+class RecordFlag(enum.IntEnum):
+    """What else a record says about its connection; numbers, since arithmetic on an IntFlag costs a whole save."""
 
     WRITE_CLOSED = 1  # our FIN is sent, or is to be sent after the unsent bytes
     FINISHED = 2  # the handler has returned: send what is unsent, then close

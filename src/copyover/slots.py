@@ -42,7 +42,7 @@ _ROOM_UNIT = 16  # a slot is a multiple of it, so that both halves are aligned
 TOUCHED = 1 << 63  # of the publish word: the socket was used since, and nobody can tell how far it came
 _LEFT_OUT_UNREAD, _LEFT_OUT_UNSENT, _LEFT_OUT_STATE = 0x100, 0x200, 0x400
 KEPT_FLAGS = RecordFlag.WRITE_CLOSED | RecordFlag.FINISHED | RecordFlag.INTERRUPTED | RecordFlag.FRESH
-_KNOWN_FLAGS = int(KEPT_FLAGS) | _LEFT_OUT_UNREAD | _LEFT_OUT_UNSENT | _LEFT_OUT_STATE
+_KNOWN_FLAGS = KEPT_FLAGS | _LEFT_OUT_UNREAD | _LEFT_OUT_UNSENT | _LEFT_OUT_STATE
 
 
 @attrs.frozen
@@ -207,7 +207,7 @@ class Content:
     """What a slot says of its connection. None is a blob that did not fit."""
 
     epoch: int
-    flags: RecordFlag
+    flags: int
     schema: int
     received: int
     sent: int
@@ -239,7 +239,7 @@ def read(slot: bytes | memoryview) -> tuple[int, Content] | None:
     state, unsent, unread = blobs
     return cookie, Content(
         epoch=epoch,
-        flags=RecordFlag(flags) & KEPT_FLAGS,
+        flags=flags & KEPT_FLAGS,
         schema=schema,
         received=received,
         sent=sent,

@@ -55,10 +55,10 @@ def judge(content: Content | None, counters: Counters | None, *, epoch: int, res
 
 
 def _by_slot(content: Content, counters: Counters | None, *, resumes: bool, now_ns: int) -> Verdict:
-    is_finished = RecordFlag.FINISHED in content.flags
+    is_finished = bool(content.flags & RecordFlag.FINISHED)
     reason = next(_doubts(content, counters), "")
     record = Record(
-        flags=int(content.flags),
+        flags=content.flags,
         schema=content.schema,
         received=content.received if counters is None else counters.read,
         sent=content.sent if counters is None else counters.written,
@@ -88,7 +88,9 @@ def _is_false(content: Content, counters: Counters | None) -> bool:
 
 def _doubts(content: Content, counters: Counters | None) -> Iterator[str]:
     """Say why it cannot go on exactly where it was, the weightiest reason first."""
-    is_finished = RecordFlag.FINISHED in content.flags  # what comes then is discarded, and no handler needs a state
+    is_finished = bool(
+        content.flags & RecordFlag.FINISHED
+    )  # what comes then is discarded, and no handler needs a state
     if content.state is None and not is_finished:
         yield "its state did not fit the slot"
     if _is_false(content, counters):

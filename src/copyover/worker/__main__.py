@@ -25,6 +25,7 @@ from copyover.channel import Channel
 from copyover.errors import CopyoverError, StartupFailed, WireError
 from copyover.worker.application import Application, Asgi, load
 from copyover.worker.handlers import Handlers
+from copyover.worker.poller import Loop
 from copyover.worker.runtime import Equipment, Runtime, leave
 from copyover.worker.seeking import Identity
 from copyover.worker.served import Limits
@@ -219,7 +220,7 @@ def _loop_factory(name: str) -> tuple[Callable[[], asyncio.AbstractEventLoop], s
                 raise StartupFailed(problem) from missing
         else:
             return uvloop.new_event_loop, "uvloop"
-    return asyncio.new_event_loop, "asyncio"
+    return Loop, "asyncio"
 
 
 def _limits(options: dict[str, Any]) -> Limits:

@@ -28,8 +28,6 @@ log = logging.getLogger("copyover.worker")
 _ALLOCATED_BYTES = 64 << 10  # at a time
 _LONGEST_REST = 256
 _NOTHING = object()
-_FINISHED = int(RecordFlag.FINISHED)  # arithmetic on flags that are enums takes as long as a whole save
-_KEPT_FLAGS = int(slots.KEPT_FLAGS)
 
 
 def register(descriptor: int) -> None:
@@ -172,7 +170,7 @@ class Slot(slots.Pen):
 
     def save(self, transport: Transport, state: object, flags: int = 0) -> None:
         """Say that the connection stands at a boundary with this."""
-        self._put(transport, b"" if flags & _FINISHED else self._state_bytes(state), transport.output, flags)
+        self._put(transport, b"" if flags & RecordFlag.FINISHED else self._state_bytes(state), transport.output, flags)
 
     def save_ahead(self, transport: Transport, encode: Callable[[], bytes]) -> None:
         """
@@ -215,7 +213,7 @@ class Slot(slots.Pen):
         """Say what *record* says, at *epoch*."""
         self.move_to(epoch)
         self._counted = (record.received, record.sent, len(record.unsent))
-        flags = record.flags & _KEPT_FLAGS
+        flags = record.flags & slots.KEPT_FLAGS
         blobs = record.unread, record.unsent, record.state
         self._grow(*map(len, reversed(blobs)))
         self.publish(record.received, record.sent, epoch, flags, record.schema, *blobs)

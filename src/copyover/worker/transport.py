@@ -1,8 +1,8 @@
 """
 How the bytes of one connection come and go: both buffers, and the end of the socket.
 
-It knows nothing of handlers, boundaries or the holder. It stands on ``add_reader`` and ``add_writer``, which asyncio
-and uvloop share, because a transport of theirs keeps what it has not sent to itself.
+It knows nothing of handlers, boundaries or the holder. It is none of asyncio's or uvloop's own, because those keep what
+they have not sent to themselves; when its socket is ready, the poller tells.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import socket
 from typing import TYPE_CHECKING
 
 from copyover.sockets import reset
+from copyover.worker.poller import IN, OUT, watcher_of
 
 if TYPE_CHECKING:
     import asyncio
@@ -41,12 +42,12 @@ class Transport:
     """
 
     __slots__ = (
-        "_has_reader",
-        "_has_writer",
         "_high_water",
         "_is_running",
         "_linger",
         "_loop",
+        "_watched",
+        "_watcher",
         "error",
         "held",
         "input",
@@ -64,6 +65,8 @@ class Transport:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
         self._loop = loop
+        self._watcher = watcher_of(loop)
+        self._watched = 0  # the events that it waits for
         self.socket = sock
         self.input = bytearray()
         self.held = b""  # the unread bytes of a record, until start
@@ -79,8 +82,6 @@ class Transport:
         # Called before the socket is used, where the kernel counts no bytes.
         self.mark: Callable[[], None] | None = None
         self._is_running = False
-        self._has_reader = False
-        self._has_writer = False
         self._high_water = READ_BYTES
         self._linger: asyncio.TimerHandle | None = None
 
@@ -112,14 +113,14 @@ class Transport:
             return
         self._watch_input()
         if self.output:
-            self._send()
+            self.writable()
         elif self.phase is Phase.FINISHING:
             self._shut_down()
 
     def pause(self) -> None:
         """Touch the socket no more: somebody else is going to."""
         self._is_running = False
-        self._unwatch()
+        self._watch(0)
         if self._linger is not None:
             self._linger.cancel()
             self._linger = None
@@ -132,7 +133,7 @@ class Transport:
 
     def consumed(self) -> None:
         """The caller has taken bytes off ``input``."""
-        if not self._has_reader:
+        if not self._watched & IN:
             self._watch_input()
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
@@ -163,7 +164,7 @@ class Transport:
 
     def flush(self) -> None:
         """Send what is kept, as far as the kernel takes it; nobody is told, other than that the connection broke."""
-        if not self.output or self._has_writer or not self._is_running or self.error is not None:
+        if not self.output or self._watched & OUT or not self._is_running or self.error is not None:
             return
         if self._offer() and self.output:
             self._watch_output()
@@ -185,7 +186,7 @@ class Transport:
         if self.phase is Phase.CLOSED:
             return
         self.was_aborted = True
-        self._unwatch()
+        self._watch(0)
         with contextlib.suppress(OSError):  # the peer's own reset came first: what we wanted is so
             reset(self.socket)
         self.close()
@@ -206,31 +207,28 @@ class Transport:
 
     # ---- the event loop's side
 
+    def _watch(self, wanted: int) -> None:
+        before, self._watched = self._watched, wanted
+        if before != wanted:
+            self._watcher.watch(self, before, wanted)
+
     def _watch_input(self) -> None:
-        wanted = self._is_running and not self.is_ended and len(self.input) < self._high_water
-        if wanted and not self._has_reader:
-            self._loop.add_reader(self.socket, self._readable)
-        elif not wanted and self._has_reader:
-            self._loop.remove_reader(self.socket)
-        self._has_reader = wanted
+        is_wanted = self._is_running and not self.is_ended and len(self.input) < self._high_water
+        self._watch(self._watched | IN if is_wanted else self._watched & ~IN)
 
     def _watch_output(self) -> None:
-        wanted = self._is_running and bool(self.output) and self.error is None
-        if wanted and not self._has_writer:
-            self._loop.add_writer(self.socket, self._send)
-        elif not wanted and self._has_writer:
-            self._loop.remove_writer(self.socket)
-        self._has_writer = wanted
+        is_wanted = self._is_running and bool(self.output) and self.error is None
+        self._watch(self._watched | OUT if is_wanted else self._watched & ~OUT)
 
-    def _unwatch(self) -> None:
-        if self._has_reader:
-            self._loop.remove_reader(self.socket)
-            self._has_reader = False
-        if self._has_writer:
-            self._loop.remove_writer(self.socket)
-            self._has_writer = False
+    def ready(self, events: int) -> None:
+        """Read and write, as far as it is waited for; an error or a hangup, which comes unasked, is seen by either."""
+        if events & ~OUT and self._watched & IN:
+            self.readable()
+        if events & ~IN and self._watched & OUT:
+            self.writable()
 
-    def _readable(self) -> None:
+    def readable(self) -> None:
+        """Take what came."""
         if self.mark is not None:
             self.mark()
         try:
@@ -270,7 +268,8 @@ class Transport:
         self.sent += sent
         return True
 
-    def _send(self) -> None:
+    def writable(self) -> None:
+        """Send what is unsent, as far as the kernel takes it."""
         if not self._offer():
             return
         self._watch_output()
@@ -305,7 +304,7 @@ class Transport:
     def _lose(self, problem: OSError) -> None:
         self.error = problem
         self.output.clear()
-        self._unwatch()
+        self._watch(0)
         if self.phase is Phase.OPEN:
             self.on_change()
         else:

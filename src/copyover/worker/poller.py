@@ -1,0 +1,139 @@
+"""
+How the sockets of the connections wait until something comes or goes.
+
+It says which of them are ready and reads and writes no byte. The loop's own ``add_reader`` costs up to ten microseconds
+and half a kilobyte a socket, and a call through a handle at each event: too much where thousands move at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import select
+import selectors
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import socket
+
+IN = select.EPOLLIN
+OUT = select.EPOLLOUT
+EVENTS_A_TURN = 256
+
+
+class Watched(Protocol):
+    """What waits for its socket; *wanted* are the events that it waits for, IN and OUT."""
+
+    socket: socket.socket
+
+    def ready(self, events: int) -> None:
+        """Read or write: *events* is what epoll found, of which an error or a hangup comes unasked."""
+
+    def readable(self) -> None:
+        """Read: there is input, or an end."""
+
+    def writable(self) -> None:
+        """Write: there is room, or an end."""
+
+
+class Watcher(Protocol):
+    """Tells who is watched that their sockets are ready."""
+
+    def watch(self, watched: Watched, before: int, wanted: int) -> None:
+        """Watch for *wanted* from now on; until now it was *before*."""
+
+
+class Poller(selectors.EpollSelector):
+    """
+    The selector of an asyncio loop, and a short way for the connections beside it.
+
+    They are in the same epoll as what asyncio watches, so that they cost no system call more; they are told within
+    ``select``, before the loop's own callbacks run.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._epoll = select.epoll.fromfd(os.dup(self.fileno()))  # the very epoll, which the base keeps to itself
+        self._watched: dict[int, Watched] = {}
+
+    def watch(self, watched: Watched, before: int, wanted: int) -> None:
+        descriptor = watched.socket.fileno()
+        if not before:
+            self._epoll.register(descriptor, wanted)
+            self._watched[descriptor] = watched
+        elif wanted:
+            self._epoll.modify(descriptor, wanted)
+        else:
+            # An epoll registration outlives close() while a dup lives: it is removed first. epoll(7), Q6
+            self._epoll.unregister(descriptor)
+            del self._watched[descriptor]
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        """Wait at most *timeout* seconds; tell the connections that are ready, return what else is."""
+        # Rounded up: a timer that is due in half a millisecond must not be waited for busily. epoll_wait(2)
+        wait_s = -1.0 if timeout is None else math.ceil(max(timeout, 0) * 1000) / 1000
+        others = []
+        for descriptor, events in self._epoll.poll(wait_s, EVENTS_A_TURN):
+            watched = self._watched.get(descriptor)
+            if watched is None:
+                others.append((descriptor, events))
+            else:
+                self._tell(watched, events)
+        return self._keys(others) if others else []
+
+    def _tell(self, watched: Watched, events: int) -> None:
+        try:
+            watched.ready(events)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as problem:  # noqa: BLE001  # as a handle of the loop does: one fault ends no other's turn
+            said = {"message": f"a fault while events were handled of {watched!r}", "exception": problem}
+            asyncio.get_running_loop().call_exception_handler(said)
+
+    def _keys(self, others: list[tuple[int, int]]) -> list[tuple[selectors.SelectorKey, int]]:
+        """Return what the loop watches for itself as it expects it; an error or a hangup is both, input and room."""
+        registered = self.get_map()
+        found = []
+        for descriptor, events in others:
+            key = registered.get(descriptor)
+            if key is not None:  # else it was closed within this turn
+                ready = selectors.EVENT_READ if events & ~OUT else 0
+                ready |= selectors.EVENT_WRITE if events & ~IN else 0
+                found.append((key, ready & key.events))
+        return found
+
+    def close(self) -> None:
+        self._epoll.close()
+        super().close()
+
+
+class Loop(asyncio.SelectorEventLoop):
+    """asyncio's loop on a Poller."""
+
+    def __init__(self) -> None:
+        self.watcher = Poller()
+        super().__init__(self.watcher)
+
+
+class ByLoop:
+    """Watches by ``add_reader`` and ``add_writer``, which every loop has."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+
+    def watch(self, watched: Watched, before: int, wanted: int) -> None:
+        changed = before ^ wanted
+        if wanted & changed & IN:
+            self._loop.add_reader(watched.socket, watched.readable)
+        elif changed & IN:
+            self._loop.remove_reader(watched.socket)
+        if wanted & changed & OUT:
+            self._loop.add_writer(watched.socket, watched.writable)
+        elif changed & OUT:
+            self._loop.remove_writer(watched.socket)
+
+
+def watcher_of(loop: asyncio.AbstractEventLoop) -> Watcher:
+    """Return what watches sockets best on *loop*."""
+    return loop.watcher if isinstance(loop, Loop) else ByLoop(loop)
