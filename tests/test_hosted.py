@@ -359,7 +359,7 @@ def test_first_boundary_is_told_once() -> None:
         arrived: list[str] = []
         line.send(b"one\n")
         await until(lambda: lines.lines)
-        line.served.on_boundary = lambda: arrived.append("once")
+        line.served.on_boundary = lambda _: arrived.append("once")
         await turns()
         assert arrived == []
         lines.answer()

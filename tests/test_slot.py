@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -106,6 +107,55 @@ def test_saves_follow_the_connection(file: File, transport: Transport) -> None:
         )
     slot.touch()
     assert slot.is_behind(transport)
+
+
+def test_what_a_record_said_is_not_said_again_before_it_changes(file: File, transport: Transport) -> None:
+    """Thousands are restored at once: the first boundary of each writes nothing, the next change is seen."""
+    record = Record(schema=7, received=10, sent=20, state=b'{"seen":1000}')
+    state = json.loads(record.state)
+    slot = file.open().take(5, 4, record)
+    assert slot is not None
+    slot.begin(state, record)
+    transport.received, transport.sent = 10, 20
+    sequence = slot.sequence
+    slot.save(transport, state)
+    assert slot.sequence == sequence
+    slot.touch()  # as who uses a socket does where the kernel counts nothing
+    slot.save(transport, state)
+    assert not slot.is_touched
+    for change in (
+        lambda: state.update(seen=1001),
+        lambda: setattr(transport, "received", 11),
+        lambda: setattr(transport, "sent", 21),
+        lambda: transport.output.extend(b"unsent"),
+    ):
+        change()
+        slot.save(transport, state)
+        assert file.read()[5] == slots.Content(
+            *(4, 0, 7, transport.received, transport.sent, b""),
+            *(bytes(transport.output), len(transport.output), b'{"seen":%d}' % state["seen"]),
+        )
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        Record(schema=6, state=b'{"seen":1000}'),
+        Record(schema=7, flags=RecordFlag.INTERRUPTED, state=b'{"seen":1000}'),
+        Record(schema=7, unread=b"part", state=b'{"seen":1000}'),
+    ],
+    ids=["another schema", "interrupted", "unread bytes"],
+)
+def test_a_record_that_says_more_is_replaced_at_the_first_boundary(
+    file: File, transport: Transport, record: Record
+) -> None:
+    """Its schema, its flags and its bytes are of the past by then."""
+    slot = file.open().take(5, 4, record)
+    assert slot is not None
+    state = {"seen": 1000}
+    slot.begin(state, record)
+    slot.save(transport, state)
+    assert file.read()[5] == slots.Content(4, 0, 7, 0, 0, b"", b"", 0, b'{"seen":1000}')
 
 
 def test_a_state_that_never_fit_is_not_taken_for_one_that_is_there(file: File, transport: Transport) -> None:

@@ -131,11 +131,12 @@ class Pen:
 
     def __init__(self, buffer: memoryview, words: memoryview, place: int, slot_bytes: int) -> None:
         first = HEADER_BYTES + place * slot_bytes
+        half_bytes = _half_bytes(slot_bytes)
         self._buffer = buffer
         self._words = words
         self._word = first // 8 + 1
-        self._halves = first + PREFIX_BYTES, first + PREFIX_BYTES + _half_bytes(slot_bytes)
-        self.room_bytes = capacity(slot_bytes)
+        self._halves = first + PREFIX_BYTES, first + PREFIX_BYTES + half_bytes
+        self.room_bytes = half_bytes - _HALF_BYTES
         self.sequence = 0
 
     def name(self, cookie: int) -> None:

@@ -7,6 +7,7 @@ Run by the holder as ``PYTHON -P -m copyover.worker``; it takes nothing from its
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import platform
@@ -118,6 +119,8 @@ async def _serve(start: Start, application: Application[Any] | Asgi, listeners: 
     equipment = Equipment(identity, slots, host.enters_at_once, float(options.get("reenter_rate") or 0))
     runtime = Runtime(loop, start.channel, host, listeners, equipment)
     loop.add_signal_handler(signal.SIGTERM, runtime.terminate)
+    gc.collect()
+    gc.freeze()  # what was imported stays: no later collection has to look at it
     runtime.send(ready)
     # Until here stderr is a pipe, so that the holder can quote it; a pipe would break when the holder dies.
     sys.stderr.flush()

@@ -56,6 +56,8 @@ class Standing(enum.Enum):
 
 
 _RUNNING = (Standing.SERVING, Standing.FREEZING, Standing.HALTED)  # the holder has no record of these
+_COPIES = (Standing.STAGED, Standing.FROZEN)  # another worker serves these, or will
+_KINDS = tuple(messages.Kind)  # by their numbers: to call an enum costs ten times as much
 _WAITING = {Standing.FROZEN: messages.Doing.FROZE, Standing.THAWED: messages.Doing.WAITS}
 
 
@@ -193,7 +195,7 @@ class Agent:
             seat = self.seats.get(cookie)
             if seat is None:
                 continue
-            if seat.standing not in (Standing.STAGED, Standing.FROZEN):
+            if seat.standing not in _COPIES:
                 raise IllegalEvent(f"connection {cookie} is to be dropped where it is {seat.standing.value}")
             del self.seats[cookie]
             gone.append(cookie)
@@ -304,7 +306,7 @@ class Agent:
         """The records that were asked for; those that cannot be taken go on here."""
         rows = [(cookie, record, self.seats[cookie]) for cookie, record in records.items()]
         for _, record, seat in rows:
-            seat.standing, seat.kind = Standing.FROZEN, messages.Kind(record.kind)
+            seat.standing, seat.kind = Standing.FROZEN, _KINDS[record.kind]
         effects: list[Effect] = [
             Send(
                 messages.Frozen(
@@ -415,17 +417,18 @@ class Agent:
         records = tuple(message.records())
         if not set(message.kind) <= set(messages.Kind):
             raise IllegalEvent(f"a connection is to be thawed as {max(message.kind)}, which is no kind")
+        seats = []
         for cookie, epoch in zip(message.cookie, message.epoch, strict=True):
             seat = self.seats.get(cookie)
-            if seat is None or seat.standing not in (Standing.STAGED, Standing.FROZEN) or epoch <= seat.epoch:
+            if seat is None or seat.standing not in _COPIES or epoch <= seat.epoch:
                 raise IllegalEvent(f"connection {cookie} cannot be thawed at epoch {epoch}: {seat}")
-        for cookie, epoch, record in zip(message.cookie, message.epoch, records, strict=True):
-            seat = self.seats[cookie]
+            seats.append(seat)
+        for seat, epoch, record in zip(seats, message.epoch, records, strict=True):
             seat.standing, seat.epoch, seat.halted_ns = Standing.THAWED, epoch, record.halted_ns
             seat.is_cut = bool(record.flags & messages.RecordFlag.CUT)
             if not record.flags & messages.RecordFlag.UNSERVED:
-                seat.kind = messages.Kind(record.kind)
-            self._thawed[cookie] = seat
+                seat.kind = _KINDS[record.kind]
+        self._thawed.update(zip(message.cookie, seats, strict=True))
         return [Restore(message.cookie, records)]
 
     def restored(self, failures: Mapping[int, str]) -> list[Effect]:
@@ -445,9 +448,9 @@ class Agent:
             epochs = [seat.epoch for _, seat in chunk]
             cookies = tuple([cookie for cookie, _ in chunk])
             effects.append(Send(messages.Adopted(cookie=cookies, epoch=tuple(epochs), pause_us=tuple(pauses))))
-        for cookie, seat in thawed:
+        for _, seat in thawed:
             seat.standing = Standing.SERVING
-            del self._thawed[cookie]
+        self._thawed = {cookie: seat for cookie, seat in self._thawed.items() if seat.is_cut != message.cut}
         return [*effects, Serve(tuple([cookie for cookie, _ in thawed]), message.cut)]
 
     # ---- without a holder, and with a new one
@@ -516,8 +519,7 @@ class Agent:
         return [*self._forget_copies(), MoveEnds()]
 
     def _forget_copies(self) -> list[Effect]:
-        copies = (Standing.FROZEN, Standing.STAGED)
-        gone = tuple([cookie for cookie, seat in self.seats.items() if seat.standing in copies])
+        gone = tuple([cookie for cookie, seat in self.seats.items() if seat.standing in _COPIES])
         self._is_moving = False
         self._tombstones.clear()
         for cookie in gone:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Hook = Callable[[], Awaitable[None]]
 _JSON, _BYTES = b"j", b"b"  # how a shared state is written, its first byte
 _ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
+_DECODER = json.JSONDecoder()
 _JSON_LEAVES = frozenset({str, int, float, bool, type(None)})
 
 
@@ -119,7 +120,7 @@ class Application(Generic[S]):
         """Return the state that *encoded* is, written with *schema*; whatever the application's code raises passes."""
         if self.decode is not None:
             return self.decode(encoded, schema)
-        value = json.loads(encoded)
+        value = _DECODER.decode(encoded.decode("utf-8", "surrogatepass"))
         made: Any = self.state(**value) if isinstance(self.state, type) and attrs.has(self.state) else value
         return made  # type: ignore[no-any-return]  # it is what such an application declared
 

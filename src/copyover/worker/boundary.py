@@ -33,7 +33,7 @@ class Standing(Served):
         self, loop: asyncio.AbstractEventLoop, transport: Transport, *, cookie: int, listener: str, limits: Limits
     ) -> None:
         super().__init__(loop, transport, cookie=cookie, listener=listener, limits=limits)
-        self._gate: asyncio.Event | None = None
+        self._gate: asyncio.Event | None = None  # what those wait for who came while it was halted
         self._waiter: asyncio.Future[None] | None = None
         self._drainers: list[asyncio.Future[None]] | None = None
         self._idle: asyncio.Future[object] | None = None
@@ -74,10 +74,10 @@ class Standing(Served):
 
     def go_on(self) -> None:
         """Serve on, from where it was halted; the very coroutine."""
+        super().go_on()
         gate, self._gate = self._gate, None
         if gate is not None:
             gate.set()
-        super().go_on()
 
     def stop(self) -> None:
         """End at the next boundary, as if the client had."""
@@ -115,7 +115,8 @@ class Standing(Served):
         A time-out that fires meanwhile is held back: where the connection has moved, its clock runs elsewhere.
         """
         held_back: asyncio.CancelledError | None = None
-        while self._gate is not None:
+        while self._course is Course.HALTED or self._course is Course.FROZEN:
+            self._gate = self._gate or asyncio.Event()
             try:
                 await self._gate.wait()
             except asyncio.CancelledError as cancelled:
@@ -148,10 +149,6 @@ class Standing(Served):
             self._drainers = [*(self._drainers or []), drained]
             await drained
         await self._pass_gate()
-
-    def _halt_now(self) -> None:
-        self._gate = asyncio.Event()
-        super()._halt_now()
 
     def _changed(self) -> None:
         """Who waits at a boundary saves what came once it has seen that it makes no message."""

@@ -7,7 +7,6 @@ It paces and waits; who is entered and what belongs to a cut is the holder's wor
 from __future__ import annotations
 
 import collections
-import functools
 from typing import TYPE_CHECKING
 
 from copyover.worker.served import Course, Served
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Sequence
 
+TURN_S = 0.001  # what letting in may take of one turn: between them who is in is served
 ENTER_S = 1.0  # how long it waits for those that do not reach a boundary, once none does
 
 
@@ -50,13 +50,16 @@ class Entrance:
 
     def _pump(self) -> None:
         self._pumping = None
+        now_s = self._loop.time()
+        end_s = now_s + TURN_S
         while self._waiting and len(self._entering) < self._at_once:
-            now_s = self._loop.time()
-            if self._gap_s and now_s < self._next_s:
-                self._pump_at(self._next_s)
+            if now_s < self._next_s or now_s > end_s:
+                self._pump_at(max(self._next_s, now_s))
                 break
-            self._next_s = max(self._next_s, now_s) + self._gap_s
+            if self._gap_s:
+                self._next_s = max(self._next_s, now_s) + self._gap_s
             self._let_in(*self._waiting.popleft())
+            now_s = self._loop.time()
         if self._entering and self._patience is None:
             self._patience = self._loop.call_later(ENTER_S, self._lose_patience)
 
@@ -70,7 +73,7 @@ class Entrance:
             if cut is not None:
                 cut.arrived(connection)
             return
-        connection.on_boundary = functools.partial(self._arrived, connection)
+        connection.on_boundary = self._arrived
         self._entering[connection] = cut
         if cut is None:
             connection.transport.start()

@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 
     from copyover.channel import Channel, Packet
     from copyover.worker.host import Host
-    from copyover.worker.slot import Slots
+    from copyover.worker.slot import Slot, Slots
 
 log = logging.getLogger("copyover.worker")
 
-PACKETS_A_TURN = 16
+TURN_S = 0.001  # what the holder's packets may take of one turn: between them who is served is served
 EXIT_S = 5.0
 LAST_S = 1.0
 
@@ -74,6 +74,7 @@ class Runtime:
         host.forward, host.left, host.became, host.cede = self._forward, self._leave_if_done, self._became, self._cede
         # Of the listeners; of some there are connections only.
         self._names = {int(number): name for number, name in self._identity.attach.names.items()}
+        self._kinds: dict[int, tuple[int, int, int]] = {}  # family, type and protocol, by listener
         self._numbers: dict[int, int] = {}  # of the listener that each connection came by
         self._acceptor = Acceptor(loop, listeners, self._accepted)
         self._entrance = Entrance(loop, host.enter, at_once=equipment.enters_at_once, rate=equipment.enters_a_second)
@@ -102,9 +103,8 @@ class Runtime:
     # ---- the channel
 
     def _channel_readable(self) -> None:
-        for _ in range(PACKETS_A_TURN):
-            if self._channel is None:
-                return
+        end_s = time.monotonic() + TURN_S
+        while self._channel is not None:
             try:
                 packet = self._channel.receive()
             except BlockingIOError:
@@ -117,6 +117,8 @@ class Runtime:
                 return
             with packet:
                 self._take(packet)
+            if time.monotonic() > end_s:
+                return
 
     def _take(self, packet: Packet) -> None:
         self._flush_ended()
@@ -166,9 +168,7 @@ class Runtime:
         self.send(attach, [listener.fileno() for listener in self._acceptor.listeners.values()])
         records = {}
         for cookie in self._agent.waiting():
-            connection = self._connections[cookie]
-            state = self._host.encode_state(connection.state)
-            records[cookie] = connection.export(schema=self._host.schema, state=state)
+            records[cookie] = self._record_of(self._connections[cookie])
         self._perform(self._agent.recalled(records, self._numbers))
 
     def _on_backlog(self, backlog: Backlog) -> None:
@@ -237,10 +237,10 @@ class Runtime:
                     self._acceptor.switch(is_on=is_on)
                 case effects.MoveBegins():
                     # A generation-2 collection alone is a pause of 69 ms at 15 000 connections.
-                    gc.freeze()
                     gc.disable()
                 case effects.MoveEnds():
-                    gc.unfreeze()
+                    # What has moved is left out for good: to look at all of it once would be that very pause.
+                    gc.freeze()
                     gc.enable()
                 case effects.Report():
                     self._report()
@@ -284,11 +284,16 @@ class Runtime:
         return connection
 
     def _take_slot(self, connection: Served, epoch: int, record: messages.Record) -> None:
-        if self._slots is None:
+        slot = connection.slot = connection.slot or self._reserve_slot()
+        if slot is None:
             return
-        connection.slot = self._slots.take(connection.cookie, epoch, record)
-        if connection.slot is not None and connection.transport.socket.family == socket.AF_UNIX:
-            connection.transport.mark = connection.slot.touch
+        slot.open(connection.cookie, epoch, record)
+        family, _, _ = self._kind_of(self._numbers[connection.cookie], connection.transport.socket)
+        if family == socket.AF_UNIX:
+            connection.transport.mark = slot.touch
+
+    def _reserve_slot(self) -> Slot | None:
+        return None if self._slots is None else self._slots.reserve()
 
     def _start_fresh(self, cookies: Sequence[int]) -> None:
         for cookie in cookies:
@@ -310,8 +315,7 @@ class Runtime:
             return
         connection.ask_to_halt(_nothing)
         try:
-            state = self._host.encode_state(connection.state)
-            record = connection.export(schema=self._host.schema, state=state)
+            record = self._record_of(connection)
         except Exception as problem:  # noqa: BLE001  # whatever encode raises keeps the connection here
             log.warning("connection=%d stays: %s", connection.cookie, _sentence(problem))
             connection.go_on()
@@ -346,7 +350,7 @@ class Runtime:
             how = messages.How.RESET
         connection.leave_slot()
         if connection.on_boundary is not None:
-            connection.on_boundary()
+            connection.on_boundary(connection)
         self._connections.pop(connection.cookie, None)
         self._numbers.pop(connection.cookie, None)
         self._host.forget(connection)
@@ -418,13 +422,24 @@ class Runtime:
 
     def _build_staged(self, cookies: tuple[int, ...], listeners: tuple[int, ...]) -> None:
         for cookie, listener, descriptor in zip(cookies, listeners, self._incoming, strict=True):
-            sock = socket.socket(fileno=descriptor)
             if listener not in self._names:
                 raise WireError(f"connection {cookie} was staged as one of listener {listener}, which has no name here")
+            sock = self._socket_of(descriptor, listener)
             if cookie_of(sock) != cookie:
                 raise WireError(f"what was staged as connection {cookie} is connection {cookie_of(sock)}")
-            self._build(sock, cookie, listener)
+            self._build(sock, cookie, listener).slot = self._reserve_slot()
         self._incoming = []
+
+    def _socket_of(self, descriptor: int, listener: int) -> socket.socket:
+        """Return a socket of *descriptor*; what kind it is takes three system calls to find out, once a listener."""
+        kind = self._kinds.get(listener)
+        return socket.socket(fileno=descriptor) if kind is None else socket.socket(*kind, descriptor)
+
+    def _kind_of(self, listener: int, sock: socket.socket) -> tuple[int, int, int]:
+        kind = self._kinds.get(listener)
+        if kind is None:
+            kind = self._kinds[listener] = sock.family, sock.type, sock.proto
+        return kind
 
     def _halt(self, batch: int, cookies: tuple[int, ...]) -> None:
         """Those that stand at a boundary halt; the others report when they do; some never will."""
@@ -456,8 +471,7 @@ class Runtime:
         for cookie in asked.cookies:
             connection = self._connections[cookie]
             try:
-                state = self._host.encode_state(connection.state)
-                records[cookie] = connection.export(schema=self._host.schema, state=state)
+                records[cookie] = self._record_of(connection)
             except Exception as problem:  # noqa: BLE001  # whatever encode raises keeps the connection here
                 refusals[cookie] = _sentence(problem)
                 log.warning("connection=%d stays: %s", cookie, refusals[cookie])
@@ -466,6 +480,13 @@ class Runtime:
         for cookie in refusals:
             if cookie in self._connections:
                 self._connections[cookie].go_on()
+
+    def _record_of(self, connection: Served) -> messages.Record:
+        """Take its record; what encode raises passes."""
+        state = None if connection.slot is None else connection.slot.encoded(connection.state)
+        if state is None:
+            state = self._host.encode_state(connection.state)
+        return connection.export(schema=self._host.schema, state=state)
 
     def _export_shared(self) -> bytes | None:
         try:
@@ -485,9 +506,10 @@ class Runtime:
 
     def _restore(self, cookies: tuple[int, ...], records: tuple[messages.Record, ...]) -> None:
         failures = {}
+        seats = self._agent.seats
         for cookie, record in zip(cookies, records, strict=True):
             connection = self._connections[cookie]
-            epoch = self._agent.seats[cookie].epoch
+            epoch = seats[cookie].epoch
             if record.flags & messages.RecordFlag.UNSERVED:
                 connection.move_slot(epoch)
                 continue  # nobody served it since: the very coroutine goes on
@@ -501,6 +523,8 @@ class Runtime:
             else:
                 connection.restore(record, state)
                 self._take_slot(connection, epoch, record)
+                if connection.slot is not None:
+                    connection.slot.begin(connection.state, record)
         self._perform(self._agent.restored(failures))
 
     def _rebuild(self, stale: Served) -> Served:

@@ -84,7 +84,7 @@ class Served(abc.ABC):
         self.halted_ns = 0
         self.is_left = False  # nobody but its unsent bytes needs it
         # Called once, at the first boundary after it was entered.
-        self.on_boundary: Callable[[], None] | None = None
+        self.on_boundary: Callable[[Served], None] | None = None
         self.slot: Slot | None = None
         self._carried = 0  # the flags that it was restored with, until its first boundary
         self._course = Course.RUNNING
@@ -178,7 +178,7 @@ class Served(abc.ABC):
         self._carried = 0
         if self.on_boundary is not None:
             arrived, self.on_boundary = self.on_boundary, None
-            arrived()
+            arrived(self)
 
     # ---- its slot
 

@@ -71,7 +71,7 @@ class Slots:
     def __init__(self, descriptor: int, encode: Callable[[Any], bytes], *, is_json: bool, schema: int) -> None:
         self._descriptor = descriptor
         self._encode = encode
-        self._is_json = is_json
+        self.is_json = is_json
         self.schema = schema
         self._header = slots.read_header(os.pread(descriptor, slots.HEADER_BYTES, 0))
         if os.fstat(descriptor).st_size < self._header.file_bytes:
@@ -84,8 +84,8 @@ class Slots:
         self._complaints: set[str] = set()
         self.unslotted = 0  # connections that are served without one
 
-    def take(self, cookie: int, epoch: int, record: Record) -> Slot | None:
-        """Return a slot that says *record* already; None if there is none left."""
+    def reserve(self) -> Slot | None:
+        """Return a slot that is nobody's yet; None if there is none left."""
         found = self._find_free()
         if found is None:
             self.unslotted += bool(self._header.slots)
@@ -93,12 +93,17 @@ class Slots:
         place, room_bytes = found
         slot = Slot(self, self._memory, self._words, place, self._header.slot_bytes)
         slot.room_bytes = room_bytes
-        slot.save_record(record, epoch)
-        slot.name(cookie)
+        return slot
+
+    def take(self, cookie: int, epoch: int, record: Record) -> Slot | None:
+        """Return a slot that says *record* already; None if there is none left."""
+        slot = self.reserve()
+        if slot is not None:
+            slot.open(cookie, epoch, record)
         return slot
 
     def snapshot(self) -> Snapshot:
-        return Snapshot(self._encode, is_json=self._is_json)
+        return Snapshot(self._encode, is_json=self.is_json)
 
     def _find_free(self) -> tuple[int, int] | None:
         if self._free:
@@ -168,6 +173,11 @@ class Slot(slots.Pen):
         self._rest = 0  # how many boundaries go by before its state is tried again
         self._waits = 0
 
+    def open(self, cookie: int, epoch: int, record: Record) -> None:
+        """Be the slot of this connection, and say what *record* says."""
+        self.save_record(record, epoch)
+        self.name(cookie)
+
     def save(self, transport: Transport, state: object, flags: int = 0) -> None:
         """Say that the connection stands at a boundary with this."""
         self._put(transport, b"" if flags & RecordFlag.FINISHED else self._state_bytes(state), transport.output, flags)
@@ -193,8 +203,11 @@ class Slot(slots.Pen):
         self, transport: Transport, encoded: bytes | None, unsent: bytes | bytearray, flags: int, ahead: int = 0
     ) -> None:
         received, sent = transport.received, transport.sent + ahead
-        self._counted = (received, sent, len(unsent))
+        counted = (received, sent, len(unsent))
         half = ~self.sequence & 1
+        if counted == self._counted and encoded is self._held[half ^ 1] and not (flags or self.is_touched):
+            return  # it says so already
+        self._counted = counted
         if flags or unsent or transport.input or transport.held:
             self._held[half] = _NOTHING
         elif self._held[half] is encoded:
@@ -214,9 +227,21 @@ class Slot(slots.Pen):
         self.move_to(epoch)
         self._counted = (record.received, record.sent, len(record.unsent))
         flags = record.flags & slots.KEPT_FLAGS
-        blobs = record.unread, record.unsent, record.state
-        self._grow(*map(len, reversed(blobs)))
-        self.publish(record.received, record.sent, epoch, flags, record.schema, *blobs)
+        unread, unsent, state = record.unread, record.unsent, record.state
+        if self.room_bytes < self._most_bytes:
+            self._grow(len(state), len(unsent), len(unread))
+        self.publish(record.received, record.sent, epoch, flags, record.schema, unread, unsent, state)
+
+    def begin(self, state: object, record: Record) -> None:
+        """It was saved from *record*, and *state* was made from that: there is nothing to save before it changes."""
+        if self._slots.is_json and record.schema == self._slots.schema and not record.flags & slots.KEPT_FLAGS:
+            self._snapshot.begin(state, record.state)
+            if not (record.unread or record.unsent):
+                self._held[self.sequence & 1] = record.state
+
+    def encoded(self, state: object) -> bytes | None:
+        """Return *state* as bytes if it is as it was saved, None if it has to be encoded."""
+        return self._snapshot.encoded(state) if self._slots.is_json else None
 
     def is_behind(self, transport: Transport) -> bool:
         """Whether bytes came or went since it was saved."""

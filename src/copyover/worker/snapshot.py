@@ -42,6 +42,13 @@ class Snapshot:
         self._pieces: list[str] = []
         self._encoded = b""
 
+    def encoded(self, state: object) -> bytes | None:
+        """Return the bytes of last time if nothing has changed since, None if it has, or if nobody knows."""
+        kind = type(state)
+        if kind is not self._kind or (isinstance(state, dict) and list(state) != self._keys):
+            return None
+        return self._encoded if _is_same(self._values_of(state, kind), self._values) else None
+
     def take(self, state: object) -> bytes:
         """Return *state* as bytes, the very object of last time if nothing has changed; what encode raises passes."""
         kind = type(state)
@@ -51,11 +58,20 @@ class Snapshot:
             if list(state) == self._keys:
                 if all(map(operator.is_, state.values(), self._values)):
                     return self._encoded
-                if self._is_json:
+                if self._pieces:
                     return self._mend(state)
         elif _is_same(self._values_of(state, kind), self._values):
             return self._encoded
         return self._take_anew(state, kind)
+
+    def begin(self, state: object, encoded: bytes) -> None:
+        """Take *encoded* for the bytes of *state*, which was just made from them."""
+        kind = type(state)
+        values = self._values_of(state, kind)
+        if values is not None and _LEAVES.issuperset(map(type, values)):
+            self._kind, self._values, self._encoded = kind, values, encoded
+            self._keys = list(state) if isinstance(state, dict) else []
+            self._pieces = []
 
     def _mend(self, state: dict[str, object]) -> bytes:
         """Encode what has changed in a dict whose keys have not."""
@@ -81,7 +97,7 @@ class Snapshot:
         if values is not None and _LEAVES.issuperset(map(type, values)):
             self._keys = list(state) if isinstance(state, dict) else []
             self._values = values
-            self._names = list(map(_name, self._keys))
+            self._names = list(map(_name, self._keys)) if self._is_json else []
             self._pieces = [name + str(_as_json(value)) for name, value in zip(self._names, values, strict=False)]
             # Infinity has no piece; a state that holds it is encoded as a whole each time.
             is_whole = not self._is_json or kind is not dict or _join(self._pieces) == self._encoded
