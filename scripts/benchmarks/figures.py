@@ -1,0 +1,91 @@
+"""
+What a measurement is: figures with their goals, points of charts, the parts they belong to, and how hard to try.
+
+It measures nothing and prints nothing.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+import attrs
+
+
+@attrs.frozen
+class Goal:
+    text: str
+    is_met: Callable[[float], bool] = attrs.field(eq=False, repr=False)
+
+
+def at_most(limit: float, unit: str = "") -> Goal:
+    return Goal(f"≤ {limit:g} {unit}".rstrip(), lambda value: value <= limit)
+
+
+def at_least(limit: float, unit: str = "") -> Goal:
+    return Goal(f"≥ {limit:g} {unit}".rstrip(), lambda value: value >= limit)
+
+
+@attrs.frozen
+class Figure:
+    """
+    What was measured once a repeat; the median of the repeats is its value.
+
+    A ratio's unit is "×", and each of its values was taken within one repeat.
+    """
+
+    name: str
+    values: tuple[float, ...] = attrs.field(converter=tuple, validator=attrs.validators.min_len(1))
+    unit: str
+    goal: Goal | None = None
+    note: str = ""
+
+    @property
+    def value(self) -> float:
+        return statistics.median(self.values)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        return min(self.values), max(self.values)
+
+    @property
+    def is_met(self) -> bool | None:
+        """Whether the goal is met; nothing where there is none."""
+        return None if self.goal is None else self.goal.is_met(self.value)
+
+
+@attrs.frozen
+class Series:
+    """A line of a chart: its points are (connections, what the chart shows)."""
+
+    chart: str
+    name: str
+    points: tuple[tuple[float, float], ...]
+
+
+@attrs.frozen
+class Part:
+    name: str
+    title: str
+    figures: tuple[Figure, ...]
+    series: tuple[Series, ...] = ()
+    skipped: str = ""
+
+
+@attrs.frozen
+class Effort:
+    """How hard a part tries: the same code with small numbers takes seconds."""
+
+    repeats: int
+    connections: tuple[int, ...]
+    seconds: float  # of load, for what is measured under load
+    is_quick: bool
+
+    @property
+    def most(self) -> int:
+        """How many connections the largest measurement has."""
+        return max(self.connections)
+
+
+THOROUGH = Effort(repeats=5, connections=(100, 1000, 5000, 15000), seconds=5.0, is_quick=False)
+QUICK = Effort(repeats=2, connections=(20, 60), seconds=0.5, is_quick=True)
