@@ -78,6 +78,7 @@ class Effort:
 
     repeats: int
     connections: tuple[int, ...]
+    linear: tuple[int, ...]  # the numbers of connections over which a cost should be the same for each
     seconds: float  # of load, for what is measured under load
     is_quick: bool
 
@@ -87,5 +88,11 @@ class Effort:
         return max(self.connections)
 
 
-THOROUGH = Effort(repeats=5, connections=(100, 1000, 5000, 15000), seconds=5.0, is_quick=False)
-QUICK = Effort(repeats=2, connections=(20, 60), seconds=0.5, is_quick=True)
+THOROUGH = Effort(
+    repeats=5,
+    connections=(100, 1000, 5000, 15_000),
+    linear=(1000, 5000, 10_000, 18_000),
+    seconds=5.0,
+    is_quick=False,
+)
+QUICK = Effort(repeats=2, connections=(20, 60), linear=(20, 60), seconds=0.5, is_quick=True)
