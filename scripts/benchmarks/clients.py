@@ -152,7 +152,7 @@ def main(plan: dict[str, Any]) -> None:
     gc.disable()  # a collection would look like a pause of the server
     print("{}", flush=True)
     # Unbuffered: an order that waits in a buffer here would not wake the epoll.
-    with open(ORDERS, "rb", buffering=0, closefd=False) as orders:  # noqa: PTH123  # a descriptor
+    with open(ORDERS, "rb", buffering=0, closefd=False) as orders:
         for order in orders:
             if order == b"load\n":
                 clients.load()

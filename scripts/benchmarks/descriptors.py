@@ -20,7 +20,7 @@ from multiprocessing import reduction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.figures import Effort, Figure, Part, at_least
+from benchmarks.figures import TIMES, Effort, Figure, Part, at_least
 from copyover import channel, messages
 
 if TYPE_CHECKING:
@@ -77,11 +77,11 @@ def _figures(rates: dict[str, tuple[float, ...]], count: int) -> Iterator[Figure
     yield Figure("our channel", rates["ours"], "/s", note=f"{count} dups of a TCP socket; messages Stage and Thaw")
     yield Figure("… from and to Record objects", rates["records"], "/s", note="what the holder's ledger keeps")
     yield Figure("send_handle and an ack, one by one", rates["recipe"], "/s")
-    yield Figure("our channel against the recipe", against("ours", "recipe"), "×", at_least(30, "×"))
+    yield Figure("our channel against the recipe", against("ours", "recipe"), TIMES, at_least(30, TIMES))
     if "c" in rates:
         yield Figure("C, 253 a message", rates["c"], "/s", note="cc -O2, both sides copy the records")
-        yield Figure("our channel against C", against("ours", "c"), "×", at_least(0.6, "×"))
-        yield Figure("… from and to Record objects, against C", against("records", "c"), "×")
+        yield Figure("our channel against C", against("ours", "c"), TIMES, at_least(0.6, TIMES))
+        yield Figure("… from and to Record objects, against C", against("records", "c"), TIMES)
 
 
 @contextlib.contextmanager
@@ -97,7 +97,7 @@ def _dups(count: int) -> Iterator[list[int]]:
                 os.close(descriptor)
 
 
-# ---- (a) in C
+# ---- in C
 
 
 def _build(cc: str, directory: Path) -> Path:
@@ -111,7 +111,7 @@ def _in_c(program: Path, count: int) -> float:
     return count / (int(done.stdout) / 1e9)
 
 
-# ---- (b) one by one
+# ---- one by one
 
 
 def _one_by_one(count: int) -> float:
@@ -154,7 +154,9 @@ def _through_channel(count: int, *, as_records: bool) -> float:
     """
     ours, theirs = channel.pair()
     receiver = _PROCESSES.Process(target=_take_all, args=(ours, theirs, count, as_records))
-    records = [messages.Record(received=at, state=at.to_bytes(8, "little") * (RECORD_BYTES // 8)) for at in range(count)]
+    records = [
+        messages.Record(received=at, state=at.to_bytes(8, "little") * (RECORD_BYTES // 8)) for at in range(count)
+    ]
     with ours, _collecting_nothing():
         receiver.start()
         theirs.close()
@@ -205,7 +207,7 @@ def _take_all(others_end: socket.socket, end: socket.socket, count: int, as_reco
 def _send(end: channel.Channel, message: messages.Message, descriptors: Sequence[int] = ()) -> None:
     end.send(message, descriptors)
     while end.has_backlog:
-        _wait(end, select.POLLOUT, channel.RETRY_S)  # where descriptors in flight are scarce, it is writable all the while
+        _is_ready(end, select.POLLOUT, channel.RETRY_S)
         end.flush()
 
 
@@ -213,14 +215,14 @@ def _receive(end: channel.Channel) -> channel.Packet:
     while True:
         with contextlib.suppress(BlockingIOError):
             return end.receive()
-        _wait(end, select.POLLIN, DEADLINE_S)
+        if not _is_ready(end, select.POLLIN, DEADLINE_S):
+            raise TimeoutError(f"the other process said nothing for {DEADLINE_S:g} s")
 
 
-def _wait(end: channel.Channel, what: int, timeout_s: float) -> None:
+def _is_ready(end: channel.Channel, what: int, timeout_s: float) -> bool:
     poll = select.poll()
     poll.register(end, what)
-    if not poll.poll(timeout_s * 1000) and timeout_s == DEADLINE_S:
-        raise TimeoutError(f"the other process said nothing for {timeout_s:g} s")
+    return bool(poll.poll(timeout_s * 1000))
 
 
 @contextlib.contextmanager

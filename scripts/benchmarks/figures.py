@@ -7,9 +7,14 @@ It measures nothing and prints nothing.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import attrs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+TIMES = "\N{MULTIPLICATION SIGN}"  # the unit of ratios
 
 
 @attrs.frozen
@@ -31,11 +36,11 @@ class Figure:
     """
     What was measured once a repeat; the median of the repeats is its value.
 
-    A ratio's unit is "×", and each of its values was taken within one repeat.
+    Each value of a ratio, whose unit is TIMES, was taken within one repeat.
     """
 
     name: str
-    values: tuple[float, ...] = attrs.field(converter=tuple, validator=attrs.validators.min_len(1))
+    values: tuple[float, ...] = attrs.field(validator=attrs.validators.min_len(1))
     unit: str
     goal: Goal | None = None
     note: str = ""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from benchmarks.figures import Effort, Figure, Goal, Part, Series, at_most
+from benchmarks.figures import TIMES, Effort, Figure, Goal, Part, Series, at_most
 from benchmarks.running import ECHO, LOOPS, MOVES, Asked, Crowd, reload_all, serving
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ GOALS: dict[tuple[str, str, str], Goal] = {
     ("together", "asyncio", "max"): at_most(120, "ms"),
     ("together", "uvloop", "max"): at_most(120, "ms"),
 }
-CLIENTS_GOAL = at_most(2, "×")
+CLIENTS_GOAL = at_most(2, TIMES)
 
 
 @attrs.frozen
@@ -102,7 +102,7 @@ def _figures(count: int, loop: str, move: str, reloads: list[Reloaded], asked: l
     yield Figure(
         f"{name}: against the same clients without a reload",
         tuple(ours / theirs for ours, theirs in zip(moving, calm, strict=True)),
-        "×",
+        TIMES,
         CLIENTS_GOAL if move == "rolling" and count == GOALS_AT else None,
     )
 

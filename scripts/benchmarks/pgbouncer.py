@@ -1,8 +1,8 @@
 """
 The takeover of PgBouncer, where it is installed: the same job by the program that has done it longest.
 
-Its sessions are idle ones of clients that have logged in: it waits until no session is in a transaction, then passes one
-descriptor a message. A server of Postgres is not needed; what it would say to one connection is said here.
+Its sessions are idle ones of clients that have logged in: it waits until no session is in a transaction, then passes
+one descriptor a message. No server of Postgres is needed; what it would say to one connection is said here.
 """
 
 from __future__ import annotations

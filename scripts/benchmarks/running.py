@@ -14,9 +14,9 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Self
 
 import attrs
+from demo_running import Child
 
 from copyover.testing import ReloadResult, Server
-from demo_running import Child
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
