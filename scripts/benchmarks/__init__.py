@@ -1,0 +1,1 @@
+"""The parts of scripts/bench: each measures one promise of speed and judges nothing."""
