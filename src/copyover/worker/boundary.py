@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from copyover.worker.transport import Transport
 
 
+# To look one up in its enum takes longer than all that is done with it.
+_OPEN = Phase.OPEN
+_RUNNING, _HALTED, _FROZEN = Course.RUNNING, Course.HALTED, Course.FROZEN
+
+
 class Standing(Served):
     """
     Where one connection stands. A handler that is halted raises nothing: it stays suspended behind a gate.
@@ -48,7 +53,7 @@ class Standing(Served):
     def is_over(self) -> bool:
         """Nothing more is to be read: the client has ended it, or it is at a boundary of a server that is stopping."""
         transport = self._transport
-        return transport.is_ended or transport.phase is not Phase.OPEN or (self._is_stopping and self._may_halt)
+        return transport.is_ended or transport.phase is not _OPEN or (self._is_stopping and self._may_halt)
 
     @property
     def is_at_boundary(self) -> bool:
@@ -88,12 +93,12 @@ class Standing(Served):
 
     @property
     def _may_halt(self) -> bool:
-        return self._busy is None and not self._pins and self._transport.phase is Phase.OPEN
+        return self._busy is None and not self._pins and self._transport.phase is _OPEN
 
     def _arrive(self) -> None:
         self._busy = None
         self._carried = 0
-        if self.slot is not None and not self._pins and self._transport.phase is Phase.OPEN:
+        if self.slot is not None and not self._pins and self._transport.phase is _OPEN:
             self.slot.save(self._transport, self.state)
         if self.on_boundary is not None:
             super()._arrive()
@@ -101,12 +106,17 @@ class Standing(Served):
     @property
     def _is_settled(self) -> bool:
         """It stands at a boundary, and what comes and goes without its handler leaves it there."""
-        return self._course is Course.HALTED or self.is_at_boundary
+        return self._course is _HALTED or self.is_at_boundary
 
-    async def _halt_if_asked(self) -> None:
-        if self._course is Course.ASKED and self._may_halt:
+    async def _halt_if_may(self) -> None:
+        """It is asked to halt: do it, if this is a boundary."""
+        if self._may_halt:
             self._halt_and_say()
             await self._pass_gate()
+
+    @property
+    def _is_gated(self) -> bool:
+        return self._course is _HALTED or self._course is _FROZEN
 
     async def _pass_gate(self) -> None:
         """
@@ -115,7 +125,7 @@ class Standing(Served):
         A time-out that fires meanwhile is held back: where the connection has moved, its clock runs elsewhere.
         """
         held_back: asyncio.CancelledError | None = None
-        while self._course is Course.HALTED or self._course is Course.FROZEN:
+        while self._is_gated:
             self._gate = self._gate or asyncio.Event()
             try:
                 await self._gate.wait()
@@ -124,10 +134,10 @@ class Standing(Served):
         if held_back is not None:
             raise held_back
 
-    async def _wait(self) -> None:
-        """Sleep until something changed, and as long as the connection is halted."""
+    async def _wait(self, *, is_again: bool) -> None:
+        """Sleep until something changed, and as long as it is halted; *is_again* if something has, since it arrived."""
         self._is_waiting = True
-        if self.slot is not None and self.slot.is_behind(self._transport) and self.is_at_boundary:
+        if is_again and self.slot is not None and self.slot.is_behind(self._transport) and self.is_at_boundary:
             self._save()
         self._waiter = self._loop.create_future()
         try:
@@ -138,12 +148,13 @@ class Standing(Served):
         finally:
             self._waiter = None
             self._is_waiting = False
-        await self._pass_gate()
+        if self._is_gated:
+            await self._pass_gate()
 
     async def _wait_until_sent(self, most: int, travels: int) -> None:
         """Wait until *most* bytes are unsent at most; asked to halt, let it go on while fewer than *travels* are."""
-        while len(self._transport.output) > most and self._transport.phase is Phase.OPEN:
-            if self._course is not Course.RUNNING and len(self._transport.output) < travels:
+        while len(self._transport.output) > most and self._transport.phase is _OPEN:
+            if self._course is not _RUNNING and len(self._transport.output) < travels:
                 return
             drained = self._loop.create_future()
             self._drainers = [*(self._drainers or []), drained]

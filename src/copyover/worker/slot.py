@@ -180,7 +180,15 @@ class Slot(slots.Pen):
 
     def save(self, transport: Transport, state: object, flags: int = 0) -> None:
         """Say that the connection stands at a boundary with this."""
-        self._put(transport, b"" if flags & RecordFlag.FINISHED else self._state_bytes(state), transport.output, flags)
+        encoded = b"" if flags & RecordFlag.FINISHED else self._state_bytes(state)
+        if encoded is self._held[~self.sequence & 1] and not (
+            flags or transport.output or transport.input or transport.held
+        ):
+            # Bytes came and went, and nothing else: by far the most frequent.
+            self._counted = (transport.received, transport.sent, 0)
+            self.recount(transport.received, transport.sent)
+        else:
+            self._put(transport, encoded, transport.output, flags)
 
     def save_ahead(self, transport: Transport, encode: Callable[[], bytes]) -> None:
         """

@@ -55,6 +55,8 @@ class Snapshot:
         if kind is not self._kind:
             return self._take_anew(state, kind)
         if isinstance(state, dict):
+            if not (state or self._keys):
+                return self._encoded
             if list(state) == self._keys:
                 if all(map(operator.is_, state.values(), self._values)):
                     return self._encoded

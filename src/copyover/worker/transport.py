@@ -32,6 +32,9 @@ class Phase(enum.Enum):
     CLOSED = "closed"
 
 
+_OPEN, _LINGERING = Phase.OPEN, Phase.LINGERING  # to look one up in its enum takes longer than all that is done with it
+
+
 class Transport:
     """
     The bytes of one connection.
@@ -75,7 +78,7 @@ class Transport:
         self.sent = 0
         self.is_eof = False
         self.error: OSError | None = None
-        self.phase = Phase.OPEN
+        self.phase = _OPEN
         self.on_change: Callable[[], None] = _nothing
         self.on_closed: Callable[[], None] = _nothing
         self.was_aborted = False
@@ -108,7 +111,7 @@ class Transport:
             self.input += self.held
             self.held = b""
             self.on_change()
-        if self.phase is Phase.LINGERING:
+        if self.phase is _LINGERING:
             self._begin_linger()
             return
         self._watch_input()
@@ -138,7 +141,7 @@ class Transport:
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Send *data*, or keep what the kernel does not take until it does."""
-        if self.error is not None or self.phase is not Phase.OPEN:
+        if self.error is not None or self.phase is not _OPEN:
             return
         if self.output or not self._is_running:
             self.output += data
@@ -159,7 +162,7 @@ class Transport:
 
     def keep(self, data: bytes | bytearray | memoryview) -> None:
         """Take *data*, and send it with the next ``flush``: two small pieces in one system call."""
-        if self.error is None and self.phase is Phase.OPEN:
+        if self.error is None and self.phase is _OPEN:
             self.output += data
 
     def flush(self) -> None:
@@ -171,7 +174,7 @@ class Transport:
 
     def finish(self) -> None:
         """Send what is unsent, then FIN, wait for the peer's, close."""
-        if self.phase is not Phase.OPEN:
+        if self.phase is not _OPEN:
             return
         self.phase = Phase.FINISHING
         if self.error is not None:
@@ -240,7 +243,7 @@ class Transport:
         except OSError as problem:
             self._lose(problem)
             return
-        if self.phase is Phase.LINGERING:
+        if self.phase is _LINGERING:
             if not data:
                 self.close()
             return
@@ -305,7 +308,7 @@ class Transport:
         self.error = problem
         self.output.clear()
         self._watch(0)
-        if self.phase is Phase.OPEN:
+        if self.phase is _OPEN:
             self.on_change()
         else:
             self.close()
