@@ -21,9 +21,11 @@ IMPURE = {"asyncio", "fcntl", "logging", "mmap", "os", "pathlib", "select", "sel
 
 PURE = {
     "errors",
+    "columns",
     "messages",
     "wire",
     "comparison",
+    "rows",
     "ledger",
     "events",
     "holdings",
@@ -46,13 +48,15 @@ PURE = {
 ROOMS: dict[str, set[str]] = {
     # ---- what both programs share
     "errors": set(),
-    "messages": {"errors"},
-    "wire": {"errors", "messages"},
+    "columns": set(),
+    "messages": {"columns", "errors"},
+    "wire": {"columns", "errors", "messages"},
     "channel": {"errors", "messages", "wire"},
     "slots": {"errors", "messages"},
     "sockets": {"slots"},
     # ---- the holder's mind
-    "ledger": {"errors", "messages"},
+    "rows": set(),
+    "ledger": {"errors", "messages", "rows"},
     "events": {"messages"},
     "holdings": {"errors", "events", "ledger", "messages"},
     "move": {"events", "holdings", "ledger", "messages"},
@@ -101,11 +105,11 @@ ROOMS: dict[str, set[str]] = {
     "holder.blocking": {"change", "holder.hand", "holdings", "ledger", "reload", "sockets"},
     "holder.dump": {"change", "holder.chronicle", "holder.hand", "holdings", "ledger", "reload"},
     "holder.report": {
-        *("errors", "events", "holdings", "ledger", "listeners", "reload", "sockets"),
+        *("errors", "events", "holdings", "ledger", "listeners", "messages", "reload", "sockets"),
         *("holder.blocking", "holder.hand", "holder.listening"),
     },
     "holder.daemon": {
-        *("change", "config", "directory", "errors", "events", "process", "reload", "release", "sockets"),
+        *("change", "channel", "config", "directory", "errors", "events", "process", "reload", "release", "sockets"),
         *("users", "holder.chronicle", "holder.control", "holder.crew", "holder.dump", "holder.hand", "holder.health"),
         *("holder.listening", "holder.loop", "holder.report"),
     },

@@ -217,7 +217,7 @@ class Process:
         state = local.version.to_bytes(4, "little", signed=True)
         return messages.Record(local.kind, schema=1, unsent=bytes(local.output), state=state)
 
-    def restore(self, cookies: tuple[int, ...], records: tuple[messages.Record, ...]) -> None:
+    def restore(self, cookies: Sequence[int], records: tuple[messages.Record, ...]) -> None:
         failures = {}
         for cookie, record in zip(cookies, records, strict=True):
             if record.flags & messages.RecordFlag.UNSERVED:
@@ -386,14 +386,12 @@ class World:
                 self.processes[worker] = Process(self, worker, generation)
             case events.Kill(worker):
                 self.kill(worker)
-            case events.Close(descriptor):
-                cookie = self.descriptors.pop(descriptor)
-                if self.truths[cookie].is_live and cookie not in self.descriptors.values():
-                    known = self.known[self.machine.holdings.generation]
-                    assert self.truths[cookie].listener not in known, "closed while it lives"
-                    self.truths[cookie].has_ended = True
-            case events.Reset(descriptor):
-                self.lose(self.descriptors.pop(descriptor))
+            case events.Close(descriptors):
+                for descriptor in descriptors:
+                    self.close(self.descriptors.pop(descriptor))
+            case events.Reset(descriptors):
+                for descriptor in descriptors:
+                    self.lose(self.descriptors.pop(descriptor))
             case events.SetTimer(name, after_s):
                 (self.timers.discard if after_s is None else self.timers.add)(name)
             case events.Finished(_, result):
@@ -410,6 +408,12 @@ class World:
     def check_descriptors(self, message: messages.Message, descriptors: Sequence[int]) -> None:
         if isinstance(message, messages.Stage):
             assert [self.descriptors[descriptor] for descriptor in descriptors] == list(message.cookie)
+
+    def close(self, cookie: int) -> None:
+        if self.truths[cookie].is_live and cookie not in self.descriptors.values():
+            known = self.known[self.machine.holdings.generation]
+            assert self.truths[cookie].listener not in known, "closed while it lives"
+            self.truths[cookie].has_ended = True
 
     def lose(self, cookie: int) -> None:
         self.truths[cookie].is_lost = True
@@ -437,7 +441,9 @@ class World:
     def bury(self, process: Process) -> None:
         process.is_buried = True
         owned = [
-            entry for entry in self.machine.ledger.of(process.number) if process.has_slot(entry.cookie, entry.epoch)
+            entry
+            for entry in self.machine.ledger.entries()
+            if entry.owner == process.number and process.has_slot(entry.cookie, entry.epoch)
         ]
         recovered = {entry.cookie: process.slot_of(entry.cookie) for entry in owned}
         self.handle(events.Died(process.number, "was killed by SIGKILL", recovered))
@@ -487,7 +493,7 @@ class World:
 
     def reported(self, process: Process) -> events.Report:
         rows: list[events.Row] = []
-        tombstones: tuple[int, ...] = ()
+        tombstones: Sequence[int] = ()
         for packet in process.report():
             message = packet.decoded()
             if isinstance(message, messages.Viewed):
@@ -667,7 +673,7 @@ class World:
             assert len(set(truth.received)) == len(truth.received), "a push was sent twice"
         if self.is_orphaned:
             return
-        owned = collections.Counter(entry.owner for entry in self.machine.ledger.entries.values())
+        owned = collections.Counter(entry.owner for entry in self.machine.ledger.entries())
         assert +self.machine.ledger.owned == owned
         if self.machine.phase is Phase.SERVING:
             assert self.machine.change is None
@@ -705,22 +711,22 @@ class World:
         for cookie, truth in self.truths.items():
             owners = [process for process in self.living() if cookie in process.serving()]
             if not truth.is_live:
-                assert cookie not in machine.ledger.entries
+                assert cookie not in machine.ledger
                 assert not owners
                 continue
             assert len(owners) == 1, f"connection {cookie} is served by {[owner.number for owner in owners]}"
             self.check_owned(cookie, owners[0])
-        assert sorted(self.descriptors) == sorted(entry.descriptor for entry in machine.ledger.entries.values())
+        assert sorted(self.descriptors) == sorted(entry.descriptor for entry in machine.ledger.entries())
         assert not machine.ledger.tombstones
         for process in self.living():
             self.check_worker(process)
         for cookie in machine.holdings.kept:
-            owner = machine.holdings.workers[machine.ledger.entries[cookie].owner]
+            owner = machine.holdings.workers[machine.ledger.entry(cookie).owner]
             assert owner.strength is Strength.RETIRING, f"connection {cookie} is called kept where generation serves"
 
     def check_owned(self, cookie: int, owner: Process) -> None:
-        entry = self.machine.ledger.entries[cookie]
-        assert (entry.owner, entry.standing, entry.passage) == (owner.number, ledger.Standing.SERVED, None)
+        entry = self.machine.ledger.entry(cookie)
+        assert (entry.owner, entry.standing, entry.has_passage) == (owner.number, ledger.Standing.SERVED, False)
         assert self.descriptors[entry.descriptor] == cookie
         assert self.truths[cookie].listener in self.known[owner.generation]
         assert owner.locals[cookie].version == self.truths[cookie].version

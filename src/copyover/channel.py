@@ -25,7 +25,7 @@ from copyover import messages, wire
 from copyover.errors import ChannelClosed, TruncatedPacket, WireError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from types import TracebackType
 
 MAX_PACKET_BYTES = 64 << 10  # larger bodies travel in a memfd
@@ -68,7 +68,7 @@ class Packet:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _close_all(self.descriptors)
+        close_all(self.descriptors)
         self.descriptors = []
 
 
@@ -83,7 +83,7 @@ class _Outgoing:
         """Wait with dups: what was borrowed may be closed meanwhile."""
         if len(self.owned) < len(self.descriptors):
             dups = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 0) for descriptor in self.descriptors]
-            _close_all(self.owned)
+            close_all(self.owned)
             self.descriptors = self.owned = dups
 
 
@@ -160,7 +160,7 @@ class Channel:
                 self._wait(Backlog.FULL if problem.errno == errno.EAGAIN else Backlog.SCARCE)
                 return
             self._queue.popleft()
-            _close_all(outgoing.owned)
+            close_all(outgoing.owned)
             if outgoing.on_sent is not None:
                 outgoing.on_sent()
         if self._backlog is not Backlog.NONE:
@@ -197,7 +197,7 @@ class Channel:
             _check_flags(flags, len(descriptors))
             return _open_packet(payload, descriptors)
         except WireError:
-            _close_all(descriptors)
+            close_all(descriptors)
             raise
 
     def close(self) -> None:
@@ -205,7 +205,7 @@ class Channel:
         self._socket.close()
         queue, self._queue = self._queue, collections.deque()
         for outgoing in queue:
-            _close_all(outgoing.owned)
+            close_all(outgoing.owned)
             if outgoing.on_sent is not None:
                 outgoing.on_sent()
 
@@ -285,6 +285,6 @@ def _descriptors_of(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
     return descriptors.tolist()
 
 
-def _close_all(descriptors: list[int]) -> None:
+def close_all(descriptors: Iterable[int]) -> None:
     for descriptor in descriptors:
         os.close(descriptor)

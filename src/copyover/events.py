@@ -165,7 +165,7 @@ Event = Reload | Reunited | CancelAsked | FromWorker | Died | Checked | TimerFir
 class Send:
     worker: int
     message: messages.Message
-    descriptors: tuple[int, ...] = ()
+    descriptors: Sequence[int] = ()
 
 
 @attrs.frozen
@@ -182,16 +182,16 @@ class Kill:
 
 @attrs.frozen
 class Close:
-    """The connection has ended: close our copy."""
+    """The connections have ended: close our copies."""
 
-    descriptor: int
+    descriptors: tuple[int, ...]
 
 
 @attrs.frozen
 class Reset:
-    """Nobody can serve it: tell the client with a true RST, and close our copy."""
+    """Nobody can serve them: tell the clients with a true RST, and close our copies."""
 
-    descriptor: int
+    descriptors: tuple[int, ...]
 
 
 @attrs.frozen

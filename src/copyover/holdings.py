@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import enum
+import heapq
 import itertools
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,12 @@ import attrs
 
 from copyover import events, messages
 from copyover.errors import IllegalEvent
-from copyover.ledger import Ending, Entry, Ledger, Standing
+from copyover.ledger import Ledger, Standing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from copyover.ledger import Case, Endings
 
 ROOM = 0.95  # what was full accepts again below that share
 MAX_BACKOFF_S = 30.0
@@ -70,7 +73,7 @@ class Burial:
     """A dead worker, and what became of its connections; those parked wait for somebody to go on with them."""
 
     worker: Worker
-    parked: list[Entry]
+    parked: list[int]
     lost: list[int]
     ended: list[int]
 
@@ -215,26 +218,22 @@ class Holdings:
         """Forget a dead worker; what somebody else can go on with is parked, the rest is reset."""
         worker = self.workers.pop(event.worker)
         had = self.ledger.owned[worker.id]
-        parked, lost, ended = [], [], []
-        for entry in list(self.ledger.of(worker.id)):
-            if entry.standing is Standing.PARKED:
-                continue
-            record = event.recovered.get(entry.cookie)
-            if entry.cookie in event.ended:
-                ended.append(entry.cookie)
-            elif record is not None and entry.listener in self.withdrawn:
-                self.close(entry.cookie)
+        given, lost, ended, recovered = [], [], [], {}
+        for cookie in self.ledger.find(Standing.SERVED, Standing.FREEZING, Standing.THAWING, owners=(worker.id,)):
+            record = event.recovered.get(cookie)
+            if cookie in event.ended:
+                ended.append(cookie)
             elif record is not None:
-                parked.append(self._recover(entry, record))
-            elif entry.cookie not in event.recovered and self.ledger.has_record(entry):
-                parked.append(self.ledger.park(entry.cookie))
+                recovered[cookie] = record
+            elif cookie not in event.recovered and cookie in self.ledger.records:
+                given.append(cookie)
             else:
-                lost.append(entry.cookie)
-        for cookie in lost:
-            self.lose(cookie)
-        for cookie in ended:
-            self.drop(self._end(self.ledger.lose(cookie), events.Close))
-            self.counters["ended"] += 1
+                lost.append(cookie)
+        self.ledger.park(given)
+        parked = [*given, *self._recover(recovered)]
+        self.lose(lost)
+        self._end(self.ledger.lose(ended), events.Close)
+        self.counters["ended"] += len(ended)
         self.ledger.forget_copies(worker.id)
         self.set_timer(f"retire {worker.id}", None)
         self.note(
@@ -248,11 +247,17 @@ class Holdings:
         )
         return Burial(worker, parked, lost, ended)
 
-    def _recover(self, entry: Entry, record: messages.Record) -> Entry:
-        self.counters["recovered"] += 1
-        self.counters["interrupted"] += bool(record.flags & messages.RecordFlag.INTERRUPTED)
-        self.kept.pop(entry.cookie, None)  # it belongs to the serving generation from here
-        return self.ledger.recover(entry.cookie, record)
+    def _recover(self, recovered: dict[int, messages.Record]) -> list[int]:
+        """Park what somebody can go on with, and return it."""
+        parked = self.close_without_listener(list(recovered))
+        records = {cookie: recovered[cookie] for cookie in parked}
+        self.ledger.recover(records)
+        self.counters["recovered"] += len(records)
+        interrupted = messages.RecordFlag.INTERRUPTED
+        self.counters["interrupted"] += sum(bool(record.flags & interrupted) for record in records.values())
+        for cookie in records:
+            self.kept.pop(cookie, None)  # it belongs to the serving generation from here
+        return parked
 
     def staged(self, event: events.FromWorker) -> None:
         """
@@ -270,7 +275,7 @@ class Holdings:
 
     # ---- connections
 
-    def lend(self, event: events.FromWorker) -> list[Entry]:
+    def lend(self, event: events.FromWorker) -> Sequence[int]:
         """
         Take over a copy of each connection of a batch, checked whole before anything changes.
 
@@ -279,28 +284,17 @@ class Holdings:
 
         """
         message = messages.expect(event.message, messages.Lend)
-        if len(event.descriptors) != len(message.cookie) or len(set(message.cookie)) != len(message.cookie):
-            raise IllegalEvent(f"worker {event.worker} lent {len(message.cookie)} connections that do not add up")
-        self.ledger.check_kinds(event.worker, message.kind)
-        known = [cookie for cookie in message.cookie if cookie in self.ledger.entries]
-        if known:
-            raise IllegalEvent(f"worker {event.worker} lent connection {known[0]}, which is in the ledger")
         worker = self.workers[event.worker]
         if worker.is_full and worker.offs_acked == worker.offs:
             raise IllegalEvent(f"worker {worker.id} lent {len(message.cookie)} connections and is told to accept none")
-        entries = [
-            self.ledger.lend(worker.id, cookie, descriptor, listener, kind)
-            for cookie, descriptor, listener, kind in zip(
-                message.cookie, event.descriptors, message.listener, message.kind, strict=True
-            )
-        ]
-        worker.lent += len(entries)
-        self.counters["accepted"] += len(entries)
+        self.ledger.lend(worker.id, message.cookie, event.descriptors, message.listener, message.kind)
+        worker.lent += message.rows
+        self.counters["accepted"] += message.rows
         self.send(worker.id, messages.LendAck(total=worker.lent))
         self._note_full()
         if not self._has_room(worker):
             self._fill(worker)
-        return entries
+        return message.cookie
 
     def _note_full(self) -> None:
         """Descriptors run out: nobody accepts, before accepting fails."""
@@ -323,16 +317,11 @@ class Holdings:
             IllegalEvent: one is not its own, or an unknown kind.
 
         """
-        message = messages.expect(event.message, messages.Became)
-        self.ledger.check(event.worker, message.cookie, message.epoch, (Standing.SERVED, Standing.FREEZING))
-        self.ledger.check_kinds(event.worker, message.kind)
-        for cookie, kind in zip(message.cookie, message.kind, strict=True):
-            if not self.ledger.is_late(cookie):
-                self.ledger.became(event.worker, cookie, kind)
+        self.ledger.became(event.worker, messages.expect(event.message, messages.Became))
 
-    def adopt(self, event: events.FromWorker) -> list[tuple[Entry, int]]:
+    def adopt(self, event: events.FromWorker) -> messages.Adopted:
         """
-        Note that the sender serves what it was given; returns it with its pause in us. Who had ceded it is relieved.
+        Note that the sender serves what it was given, and return that. Who had ceded it is relieved.
 
         Where a freeze has crossed the adoption nothing is returned: the answer to that follows.
 
@@ -340,27 +329,16 @@ class Holdings:
             IllegalEvent: one was not given to it.
 
         """
-        message = messages.expect(event.message, messages.Adopted)
-        self.ledger.check(event.worker, message.cookie, message.epoch, (Standing.THAWING, Standing.FREEZING))
-        held: list[tuple[int, int, bytes]] = []
-        served: list[tuple[Entry, int]] = []
-        copies: list[tuple[int, int]] = []
-        for cookie, epoch, pause_us in zip(message.cookie, message.epoch, message.pause_us, strict=True):
-            if self.ledger.is_late(cookie):
-                continue
-            entry = self.ledger.adopt(event.worker, cookie, epoch)
-            held += [(cookie, act, pushed) for act, pushed in entry.moving.pushed]
-            entry.moving.pushed.clear()
-            copies += [(ceder, cookie) for ceder in self.ledger.relieve(entry)]
-            if self.is_retiring(cookie):
-                self.kept[cookie] = entry.moving.kept_because or NOBODY_ELSE
-            if entry.standing is Standing.SERVED:
-                served.append((entry, pause_us))
-        self.push(event.worker, held)
-        self.drop(copies)
+        adopted, served = self.ledger.adopt(event.worker, messages.expect(event.message, messages.Adopted))
+        waited = [cookie for cookie in adopted.cookie if cookie in self.ledger.pushed] if self.ledger.pushed else []
+        self.push(event.worker, [(c, act, pushed) for c in waited for act, pushed in self.ledger.pushed.pop(c)])
+        self.drop(self.ledger.relieve(adopted.cookie))
+        if self.workers[event.worker].strength is Strength.RETIRING:
+            for cookie in adopted.cookie:
+                self.kept[cookie] = self.ledger.kept_because.get(cookie) or NOBODY_ELSE
         return served
 
-    def cede(self, event: events.FromWorker) -> list[Entry]:
+    def cede(self, event: events.FromWorker) -> list[int]:
         """
         A retiring worker gives up what it had kept; returned is what somebody else is to go on with.
 
@@ -368,56 +346,45 @@ class Holdings:
             IllegalEvent: it does not retire, one is not its own, or is of an unknown kind.
 
         """
-        message = messages.expect(event.message, messages.Cede)
         worker = self.workers[event.worker]
         if worker.strength not in (Strength.RETIRING, Strength.DYING):
             raise IllegalEvent(f"worker {worker.id} is {worker.strength.value} and ceded connections")
-        self.ledger.check(worker.id, message.cookie, message.epoch, (Standing.SERVED,))
-        self.ledger.check_kinds(worker.id, message.kind)
-        ceded: list[Entry] = []
-        for cookie, record in zip(message.cookie, message.records(), strict=True):
-            if self.ledger.is_late(cookie):
-                continue
+        message = self.ledger.cede(worker.id, messages.expect(event.message, messages.Cede))
+        for cookie in message.cookie:
             self.kept.pop(cookie, None)
-            entry = self.ledger.cede(worker.id, cookie, record)
-            if entry.listener in self.withdrawn:
-                self.close(cookie)
-            else:
-                ceded.append(entry)
+        ceded = self.close_without_listener(message.cookie)
         self.counters["ceded"] += len(ceded)
         self.note("ceded", worker=worker.id, generation=worker.generation, connections=len(ceded))
         return ceded
 
-    def ceder(self, entry: Entry) -> int | None:
-        """Return the worker that ceded it and can go on with it, or None."""
-        passage = entry.moving
-        can = passage.is_ceded and self.is_alive(passage.origin) and passage.origin not in passage.unfit
-        return passage.origin if can else None
+    def ceder(self, case: Case) -> int | None:
+        """Return the worker that ceded such a connection and can go on with it, or None."""
+        can = case.is_ceded and self.is_alive(case.origin) and case.origin not in case.unfit
+        return case.origin if can else None
 
-    def stage(self, target: int, entries: Iterable[Entry]) -> None:
+    def stage(self, target: int, cookies: Sequence[int]) -> None:
         """Give a worker descriptors, so that it builds them, paused."""
-        for chunk in chunks(list(entries), messages.MAX_DESCRIPTORS):
-            for entry in chunk:
-                self.ledger.stage(entry.cookie, target)
-            self.workers[target].staged += len(chunk)
-            cookies, places = [entry.cookie for entry in chunk], [entry.listener for entry in chunk]
-            message = messages.Stage(cookie=tuple(cookies), listener=tuple(places))
-            self.send(target, message, [entry.descriptor for entry in chunk])
+        self.ledger.stage(cookies, target)
+        self.workers[target].staged += len(cookies)
+        for chunk in chunks(cookies, messages.MAX_DESCRIPTORS):
+            message = messages.Stage(cookie=tuple(chunk), listener=tuple(self.ledger.column("listener", chunk)))
+            self.send(target, message, self.ledger.column("descriptor", chunk))
 
-    def thaw(self, target: int, rows: Sequence[tuple[Entry, messages.Record]]) -> None:
-        """Give a worker the records of parked connections that it has built."""
-        for entry, _ in rows:
-            self.ledger.thaw(entry.cookie, target)
-        for cut in messages.record_chunks([record for _, record in rows], messages.MAX_ROWS):
+    def thaw(self, target: int, cookies: Sequence[int], *, is_cut: bool = False) -> None:
+        """Give a worker the records of parked connections that it has built; with *is_cut* they wait for their cut."""
+        records = self.ledger.records_for(cookies, target)
+        epochs = self.ledger.thaw(cookies, target)
+        cut = int(messages.RecordFlag.CUT)
+        wanted = cut if is_cut else 0
+        start = 0
+        for packet in messages.record_packets(records):
+            end = start + packet.rows
+            columns = packet.columns() | {"flags": tuple([flags & ~cut | wanted for flags in packet.flags])}
             self.send(
-                target,
-                messages.Thaw(
-                    cookie=tuple([entry.cookie for entry, _ in rows[cut]]),
-                    epoch=tuple([entry.epoch for entry, _ in rows[cut]]),
-                    **messages.record_columns([record for _, record in rows[cut]]),
-                ),
+                target, messages.Thaw(cookie=tuple(cookies[start:end]), epoch=tuple(epochs[start:end]), **columns)
             )
-        if not all(record.flags & messages.RecordFlag.CUT for _, record in rows):
+            start = end
+        if not is_cut:
             self.send(target, messages.Enter(cut=False))
 
     def forward(self, event: events.FromWorker) -> None:
@@ -425,11 +392,11 @@ class Holdings:
         message = messages.expect(event.message, messages.Forward)
         per_owner: dict[int, list[tuple[int, int, bytes]]] = {}
         for cookie, act, pushed in zip(message.cookie, message.act, message.pushed, strict=True):
-            entry = self.ledger.entries.get(cookie)
-            if entry is not None and (entry.standing is Standing.PARKED or self.ledger.has_record(entry)):
-                entry.moving.pushed.append((act, pushed))
-            elif entry is not None:
-                per_owner.setdefault(entry.owner, []).append((cookie, act, pushed))
+            if cookie in self.ledger.records:
+                self.ledger.pushed.setdefault(cookie, []).append((act, pushed))
+            elif cookie in self.ledger:
+                (owner,) = self.ledger.column("owner", [cookie])
+                per_owner.setdefault(owner, []).append((cookie, act, pushed))
         for owner, rows in per_owner.items():
             self.push(owner, rows)
 
@@ -438,51 +405,52 @@ class Holdings:
             cookies, acts, pushed = zip(*rows, strict=True)
             self.send(worker, messages.Push(cookie=cookies, act=acts, pushed=pushed))
 
-    def release(self, event: events.FromWorker, on_ended: Callable[[int], None]) -> None:
+    def release(self, event: events.FromWorker) -> Sequence[int]:
         """
-        A worker says which of its connections ended; *on_ended* is called for each.
+        A worker says which of its connections ended; they are returned.
 
         Raises:
             IllegalEvent: one is not its own.
 
         """
-        message = messages.expect(event.message, messages.Release)
-        standings = (Standing.SERVED, Standing.FREEZING, Standing.THAWING)
-        self.ledger.check(event.worker, message.cookie, message.epoch, standings)
-        copies: list[tuple[int, int]] = []
-        for cookie, how in zip(message.cookie, message.how, strict=True):
-            if self.ledger.is_late(cookie):
-                continue
-            copies += self._end(self.ledger.release(event.worker, cookie), events.Close)
-            self.counters["ended"] += 1
-            self.counters["expired"] += how == messages.How.EXPIRED
-            on_ended(cookie)
-        self.drop(copies)
+        message, endings = self.ledger.release(event.worker, messages.expect(event.message, messages.Release))
+        self._end(endings, events.Close)
+        self.counters["ended"] += message.rows
+        self.counters["expired"] += sum(how == messages.How.EXPIRED for how in message.how)
+        return message.cookie
 
     def is_retiring(self, cookie: int) -> bool:
         """Whether a connection lives on in a generation that does not serve any more."""
-        owner = self.workers.get(self.ledger.entries[cookie].owner)
-        return owner is not None and owner.strength is Strength.RETIRING
+        (owner,) = self.ledger.column("owner", [cookie])
+        return owner in self.workers and self.workers[owner].strength is Strength.RETIRING
 
     def note_kept(self) -> None:
         """Count what retiring generations serve; why is not known any more."""
-        for entry in self.ledger.entries.values():
-            if entry.standing is Standing.SERVED and self.is_retiring(entry.cookie):
-                self.kept.setdefault(entry.cookie, "it stayed in its generation before this holder came")
+        retiring = {worker.id for worker in self.workers.values() if worker.strength is Strength.RETIRING}
+        for cookie in self.ledger.find(Standing.SERVED, owners=retiring):
+            self.kept.setdefault(cookie, "it stayed in its generation before this holder came")
 
-    def lose(self, cookie: int) -> None:
-        """Nobody can serve it any more; its client is told."""
-        self.drop(self._end(self.ledger.lose(cookie), events.Reset))
-        self.counters["lost"] += 1
+    def lose(self, cookies: Sequence[int]) -> None:
+        """Nobody can serve them any more; their clients are told."""
+        self._end(self.ledger.lose(cookies), events.Reset)
+        self.counters["lost"] += len(cookies)
 
-    def close(self, cookie: int) -> None:
-        """Nobody has a listener for it any more; its client gets FIN, as far as it left nothing unread."""
-        self.drop(self._end(self.ledger.lose(cookie), events.Close))
+    def close(self, cookies: Sequence[int]) -> None:
+        """Nobody has a listener for them any more; their clients get FIN, as far as they left nothing unread."""
+        self._end(self.ledger.lose(cookies), events.Close)
 
-    def _end(self, ending: Ending, effect: type[events.Close | events.Reset]) -> list[tuple[int, int]]:
-        self.effects.append(effect(ending.descriptor))
-        self.kept.pop(ending.cookie, None)
-        return [(worker, ending.cookie) for worker in ending.copies_in]
+    def close_without_listener(self, cookies: Sequence[int]) -> list[int]:
+        """Close those whose listener a roll-back took away; return the others."""
+        listeners = self.ledger.column("listener", cookies)
+        self.close([cookie for cookie, at in zip(cookies, listeners, strict=True) if at in self.withdrawn])
+        return [cookie for cookie, at in zip(cookies, listeners, strict=True) if at not in self.withdrawn]
+
+    def _end(self, endings: Endings, effect: type[events.Close | events.Reset]) -> None:
+        if endings.descriptors:
+            self.effects.append(effect(tuple(endings.descriptors)))
+        for cookie in endings.cookies:
+            self.kept.pop(cookie, None)
+        self.drop(endings.copies)
 
     def regain_room(self) -> bool:
         """See whether enough connections have ended since the holder, or a worker, was full."""
@@ -491,6 +459,18 @@ class Holdings:
         self.is_full = False
         self.note("room", connections=len(self.ledger))
         return True
+
+
+def spread(cookies: Iterable[int], loads: Mapping[int, int]) -> dict[int, list[int]]:
+    """Say who is to take which, so that those with the smallest *loads* take the most; who takes none is left out."""
+    heap = [(load, place, worker) for place, (worker, load) in enumerate(loads.items())]
+    heapq.heapify(heap)
+    shares: dict[int, list[int]] = {}
+    for cookie in cookies:
+        load, place, worker = heap[0]
+        heapq.heapreplace(heap, (load + 1, place, worker))
+        shares.setdefault(worker, []).append(cookie)
+    return shares
 
 
 def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -7,10 +7,13 @@ It knows no bytes: how a message is packed is wire's business.
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+import functools
+import itertools
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import attrs
 
+from copyover.columns import Blobs, join, pick
 from copyover.errors import WireError
 
 if TYPE_CHECKING:
@@ -120,30 +123,49 @@ class Message:
 
     @property
     def rows(self) -> int:
-        rows: tuple[object, ...] = ()
-        for field in attrs.fields(type(self)):
-            if "rare" not in field.metadata:
-                rows = getattr(self, field.name)
-                break
-        return len(rows)
+        return next((len(getattr(self, name)) for name in self._row_fields()), 0)
+
+    @classmethod
+    @functools.cache
+    def _row_fields(cls) -> tuple[str, ...]:
+        return tuple(field.name for field in attrs.fields(cls) if "rare" not in field.metadata)
+
+    def only(self, places: Sequence[int]) -> Self:
+        """Return the message with the rows at *places*, in that order."""
+        whole = range(self.rows)
+        if places == whole or list(places) == list(whole):
+            return self
+        return attrs.evolve(self, **{name: pick(getattr(self, name), places) for name in self._row_fields()})
 
 
 @attrs.frozen(kw_only=True)
-class _WithRecords(Message):
-    """The columns of a record, shared by all that carry records."""
+class Records(Message):
+    """The columns of records: a batch by itself, or part of a message that carries records."""
 
-    kind: tuple[int, ...] = column("B")
-    flags: tuple[int, ...] = column("B")
-    schema: tuple[int, ...] = column("H")
-    received: tuple[int, ...] = column("Q")
-    sent: tuple[int, ...] = column("Q")
-    halted_ns: tuple[int, ...] = column("Q")
-    unread: tuple[bytes, ...] = blob()
-    unsent: tuple[bytes, ...] = blob()
-    state: tuple[bytes, ...] = blob()
+    kind: Sequence[int] = column("B")
+    flags: Sequence[int] = column("B")
+    schema: Sequence[int] = column("H")
+    received: Sequence[int] = column("Q")
+    sent: Sequence[int] = column("Q")
+    halted_ns: Sequence[int] = column("Q")
+    unread: Sequence[bytes] = blob()
+    unsent: Sequence[bytes] = blob()
+    state: Sequence[bytes] = blob()
 
     def records(self) -> Iterator[Record]:
         return map(Record, *(getattr(self, name) for name in RECORD_FIELDS))
+
+    def columns(self) -> dict[str, Sequence[Any]]:
+        """Return the records as keyword arguments of another message that carries them."""
+        return {name: getattr(self, name) for name in RECORD_FIELDS}
+
+    def record(self, place: int) -> Record:
+        return Record(*(getattr(self, name)[place] for name in RECORD_FIELDS))
+
+    @property
+    def size_bytes(self) -> int:
+        """Return how many bytes all blobs have together."""
+        return sum(sum(Blobs.of(getattr(self, name)).sizes) for name in ("unread", "unsent", "state"))
 
 
 def record_chunks(records: Sequence[Record], most_rows: int) -> Iterator[slice]:
@@ -158,7 +180,33 @@ def record_chunks(records: Sequence[Record], most_rows: int) -> Iterator[slice]:
         yield slice(start, len(records))
 
 
-def record_columns(records: Sequence[Record]) -> dict[str, tuple[Any, ...]]:
+def record_packets(rows: Sequence[tuple[Records, int]]) -> Iterator[Records]:
+    """
+    Put rows of batches together again, in their order, as packets of at most MAX_ROWS rows and about 64 MiB.
+
+    A batch of which all rows are wanted, one after the other, is passed on as it is, however large it came.
+    """
+    waiting: list[Records] = []
+    number = size_bytes = 0
+    for _, chosen in itertools.groupby(rows, key=lambda row: id(row[0])):
+        (batch, first), *others = chosen
+        part = batch.only([first, *[place for _, place in others]])
+        number, size_bytes = number + part.rows, size_bytes + part.size_bytes
+        if waiting and (number > MAX_ROWS or size_bytes > MAX_CHUNK_BYTES):
+            yield _joined(waiting)
+            waiting, number, size_bytes = [], part.rows, part.size_bytes
+        waiting.append(part)
+    if waiting:
+        yield _joined(waiting)
+
+
+def _joined(parts: Sequence[Records]) -> Records:
+    if len(parts) == 1:
+        return parts[0]
+    return Records(**{name: join([getattr(part, name) for part in parts]) for name in RECORD_FIELDS})
+
+
+def record_columns(records: Sequence[Record]) -> dict[str, Sequence[Any]]:
     """Turn rows into the keyword arguments of a message that carries records."""
     return {name: tuple([getattr(record, name) for record in records]) for name in RECORD_FIELDS}
 
@@ -208,9 +256,9 @@ class Lend(Message):
 
     KIND: ClassVar[int] = 4
     CARRIES_DESCRIPTORS: ClassVar[bool] = True
-    cookie: tuple[int, ...] = column("Q")
-    listener: tuple[int, ...] = column("H")
-    kind: tuple[int, ...] = column("B")
+    cookie: Sequence[int] = column("Q")
+    listener: Sequence[int] = column("H")
+    kind: Sequence[int] = column("B")
 
 
 @attrs.frozen(kw_only=True)
@@ -218,9 +266,9 @@ class Release(Message):
     """These connections have ended."""
 
     KIND: ClassVar[int] = 5
-    cookie: tuple[int, ...] = column("Q")
-    epoch: tuple[int, ...] = column("I")
-    how: tuple[int, ...] = column("B")
+    cookie: Sequence[int] = column("Q")
+    epoch: Sequence[int] = column("I")
+    how: Sequence[int] = column("B")
 
 
 @attrs.frozen(kw_only=True)
@@ -240,13 +288,13 @@ class Staged(Message):
 
 
 @attrs.frozen(kw_only=True)
-class Frozen(_WithRecords):
+class Frozen(Records):
     """Stopped at a boundary. *batch* names the freeze whose first answer this is, 0 for later ones."""
 
     KIND: ClassVar[int] = 8
     batch: int = rare(int)
-    cookie: tuple[int, ...] = column("Q")
-    epoch: tuple[int, ...] = column("I")
+    cookie: Sequence[int] = column("Q")
+    epoch: Sequence[int] = column("I")
 
 
 @attrs.frozen(kw_only=True)
@@ -254,9 +302,9 @@ class Refused(Message):
     """These cannot be frozen, or cannot be thawed; the sender's side of them is as if it had never been asked."""
 
     KIND: ClassVar[int] = 9
-    cookie: tuple[int, ...] = column("Q")
-    epoch: tuple[int, ...] = column("I")
-    reason: tuple[bytes, ...] = blob()
+    cookie: Sequence[int] = column("Q")
+    epoch: Sequence[int] = column("I")
+    reason: Sequence[bytes] = blob()
 
 
 @attrs.frozen(kw_only=True)
@@ -264,7 +312,7 @@ class Gathered(Message):
     """All that could stop has stopped and is sent; *shared* is the application's shared state, if it has one."""
 
     KIND: ClassVar[int] = 10
-    shared: tuple[bytes, ...] = blob()
+    shared: Sequence[bytes] = blob()
 
 
 @attrs.frozen(kw_only=True)
@@ -272,9 +320,9 @@ class Adopted(Message):
     """Served by the sender from now on; queued before the first byte that it serves."""
 
     KIND: ClassVar[int] = 11
-    cookie: tuple[int, ...] = column("Q")
-    epoch: tuple[int, ...] = column("I")
-    pause_us: tuple[int, ...] = column("I")
+    cookie: Sequence[int] = column("Q")
+    epoch: Sequence[int] = column("I")
+    pause_us: Sequence[int] = column("I")
 
 
 @attrs.frozen(kw_only=True)
@@ -282,9 +330,9 @@ class Forward(Message):
     """Somebody here pushed to these, or ended them, after they were frozen here: whoever has them does it."""
 
     KIND: ClassVar[int] = 12
-    cookie: tuple[int, ...] = column("Q")
-    act: tuple[int, ...] = column("B")
-    pushed: tuple[bytes, ...] = blob()
+    cookie: Sequence[int] = column("Q")
+    act: Sequence[int] = column("B")
+    pushed: Sequence[bytes] = blob()
 
 
 @attrs.frozen(kw_only=True)
@@ -312,11 +360,11 @@ class Attach(Message):
     is_committed: bool = rare(bool)
     is_leaving: bool = rare(bool)  # it retires, or stops
     names: dict[str, str] = rare(dict)  # as in welcome
-    listener: tuple[int, ...] = column("H")
+    listener: Sequence[int] = column("H")
 
 
 @attrs.frozen(kw_only=True)
-class View(_WithRecords):
+class View(Records):
     """
     What this worker does with its connections, one descriptor a row.
 
@@ -325,10 +373,10 @@ class View(_WithRecords):
 
     KIND: ClassVar[int] = 14
     CARRIES_DESCRIPTORS: ClassVar[bool] = True
-    cookie: tuple[int, ...] = column("Q")
-    epoch: tuple[int, ...] = column("I")
-    listener: tuple[int, ...] = column("H")
-    standing: tuple[int, ...] = column("B")
+    cookie: Sequence[int] = column("Q")
+    epoch: Sequence[int] = column("I")
+    listener: Sequence[int] = column("H")
+    standing: Sequence[int] = column("B")
 
 
 @attrs.frozen(kw_only=True)
@@ -336,7 +384,7 @@ class Viewed(Message):
     """That was all; *cookie* are the tombstones: what has ended here since the move began."""
 
     KIND: ClassVar[int] = 15
-    cookie: tuple[int, ...] = column("Q")
+    cookie: Sequence[int] = column("Q")
 
 
 @attrs.frozen(kw_only=True)
@@ -344,18 +392,18 @@ class Became(Message):
     """From here on the sender serves these as something else; *kind* is a Kind."""
 
     KIND: ClassVar[int] = 16
-    cookie: tuple[int, ...] = column("Q")
-    epoch: tuple[int, ...] = column("I")
-    kind: tuple[int, ...] = column("B")
+    cookie: Sequence[int] = column("Q")
+    epoch: Sequence[int] = column("I")
+    kind: Sequence[int] = column("B")
 
 
 @attrs.frozen(kw_only=True)
-class Cede(_WithRecords):
+class Cede(Records):
     """A retiring worker gives up what it had kept: at a boundary now, it stopped there. Who serves is to take it."""
 
     KIND: ClassVar[int] = 17
-    cookie: tuple[int, ...] = column("Q")
-    epoch: tuple[int, ...] = column("I")
+    cookie: Sequence[int] = column("Q")
+    epoch: Sequence[int] = column("I")
 
 
 # ---- holder to worker
@@ -373,7 +421,7 @@ class Welcome(Message):
     application: str = rare(str)
     app_dir: str = rare(str)
     options: dict[str, Any] = rare(dict)  # loop, limits; unknown keys are ignored
-    listener: tuple[int, ...] = column("H")
+    listener: Sequence[int] = column("H")
 
 
 @attrs.frozen(kw_only=True)
@@ -407,8 +455,8 @@ class Stage(Message):
 
     KIND: ClassVar[int] = 36
     CARRIES_DESCRIPTORS: ClassVar[bool] = True
-    cookie: tuple[int, ...] = column("Q")
-    listener: tuple[int, ...] = column("H")
+    cookie: Sequence[int] = column("Q")
+    listener: Sequence[int] = column("H")
 
 
 @attrs.frozen(kw_only=True)
@@ -425,17 +473,17 @@ class Freeze(Message):
     more: bool = rare(bool)
     gather_ms: int = rare(int)
     wait_ms: int = rare(int)
-    cookie: tuple[int, ...] = column("Q")
-    epoch: tuple[int, ...] = column("I")
+    cookie: Sequence[int] = column("Q")
+    epoch: Sequence[int] = column("I")
 
 
 @attrs.frozen(kw_only=True)
-class Thaw(_WithRecords):
+class Thaw(Records):
     """Take these over from their records; build, and serve nothing before enter."""
 
     KIND: ClassVar[int] = 38
-    cookie: tuple[int, ...] = column("Q")
-    epoch: tuple[int, ...] = column("I")
+    cookie: Sequence[int] = column("Q")
+    epoch: Sequence[int] = column("I")
 
 
 @attrs.frozen(kw_only=True)
@@ -448,7 +496,7 @@ class Enter(Message):
 
     KIND: ClassVar[int] = 39
     cut: bool = rare(bool)
-    shared: tuple[bytes, ...] = blob()
+    shared: Sequence[bytes] = blob()
 
 
 @attrs.frozen(kw_only=True)
@@ -456,7 +504,7 @@ class Drop(Message):
     """Close your copies of these: they ended elsewhere, or stay where they are."""
 
     KIND: ClassVar[int] = 40
-    cookie: tuple[int, ...] = column("Q")
+    cookie: Sequence[int] = column("Q")
 
 
 @attrs.frozen(kw_only=True)
@@ -487,9 +535,9 @@ class Push(Message):
     """Send these bytes on these connections of yours, or end them; not yours any more, it comes back as a forward."""
 
     KIND: ClassVar[int] = 44
-    cookie: tuple[int, ...] = column("Q")
-    act: tuple[int, ...] = column("B")
-    pushed: tuple[bytes, ...] = blob()
+    cookie: Sequence[int] = column("Q")
+    act: Sequence[int] = column("B")
+    pushed: Sequence[bytes] = blob()
 
 
 @attrs.frozen(kw_only=True)

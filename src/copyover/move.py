@@ -6,25 +6,25 @@ It stages, freezes, thaws and enters, and knows when all is settled; which phase
 
 from __future__ import annotations
 
+import array
 import collections
 import itertools
 from typing import TYPE_CHECKING
 
-import attrs
-
 from copyover import messages
-from copyover.holdings import chunks
+from copyover.holdings import chunks, spread
 from copyover.ledger import Standing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Sequence
 
     from copyover.events import FromWorker, Reload
     from copyover.holdings import Burial, Holdings, Worker
-    from copyover.ledger import Entry
+    from copyover.ledger import Case
 
 ROLLING_BATCH = 64
 ROLLING_WINDOW = 2
+ANYWHERE = 0  # no worker has that number
 
 
 class Move:
@@ -45,7 +45,7 @@ class Move:
         self.closed: set[int] = set()  # accepted from an added listener that a roll-back takes away again
         self.kept: dict[int, str] = {}
         self.given_back = 0
-        self.pauses_us: list[int] = []
+        self.pauses_us = array.array("I")
         self._routes: dict[int, int] = {}  # of cuts: incumbent to replacement
         self._between: collections.Counter[int] = collections.Counter()  # thawed, not adopted, by the incumbent left
         self._left: dict[int, int] = {}  # the incumbent that each of those left
@@ -65,9 +65,9 @@ class Move:
             self._routes[incumbent] = self.replacements[place % len(self.replacements)]
         for worker in self.living_incumbents() + self.living_replacements():
             worker.begin_move()
-        owners = set(self.incumbents)
-        entries = self._ledger.entries.values()
-        self.stage([entry for entry in entries if entry.owner in owners or entry.standing is Standing.PARKED])
+        parked = self._ledger.parked()
+        owned = self._ledger.find(Standing.SERVED, Standing.FREEZING, Standing.THAWING, owners=set(self.incumbents))
+        self.stage([*owned, *parked])
 
     def resume(self) -> None:
         """Go on with the move of a holder that died: everything is built, frozen or thawed where it is."""
@@ -75,34 +75,31 @@ class Move:
         for worker in self.living_incumbents() + self.living_replacements():
             worker.begin_move()
 
-    def stage(self, entries: Iterable[Entry]) -> None:
-        per_target: dict[int, list[Entry]] = {}
-        staged: collections.Counter[int] = collections.Counter()
-        for entry in entries:
-            target = self._target(entry, staged)
-            if target is not None:
-                self.open.add(entry.cookie)
-                staged[target.id] += 1
-                per_target.setdefault(target.id, []).append(entry)
-        for target_id, batch in per_target.items():
-            self._holdings.stage(target_id, batch)
-
-    def _target(self, entry: Entry, staged: collections.Counter[int]) -> Worker | None:
-        """Return the replacement's worker for an incumbent's connection; all of one cut go to one."""
+    def stage(self, cookies: Sequence[int]) -> None:
+        """Have them built: all of one cut in one worker, the others where the fewest are."""
         living = self.living_replacements()
         if not living:
-            return None
-        if self._is_of_cut(entry):
-            return self._holdings.workers[self._route(entry) or living[0].id]
-        return min(living, key=lambda worker: worker.staged + staged[worker.id] + self._ledger.owned[worker.id])
+            return
+        self.open.update(cookies)
+        sorted_by = self._ledger.sort(cookies, lambda case: self._stage_of(case, living))
+        anywhere = sorted_by.pop(ANYWHERE, [])
+        for target, those in sorted_by.items():
+            self._holdings.stage(target, those)
+        loads = {worker.id: worker.staged + self._ledger.owned[worker.id] for worker in living}
+        for target, those in spread(anywhere, loads).items():
+            self._holdings.stage(target, those)
 
-    def _is_of_cut(self, entry: Entry) -> bool:
-        return self.has_cut and (self._asked.move == "together" or entry.kind is not messages.Kind.HTTP)
+    def _stage_of(self, case: Case, living: Sequence[Worker]) -> int:
+        """Return the replacement's worker that the cut of an incumbent's connection goes to."""
+        return (self._route(case) or living[0].id) if self._is_of_cut(case) else ANYWHERE
 
-    def _route(self, entry: Entry) -> int:
+    def _is_of_cut(self, case: Case) -> bool:
+        return self.has_cut and (self._asked.move == "together" or case.kind != messages.Kind.HTTP)
+
+    def _route(self, case: Case) -> int:
         """Return the worker to which the cut of an incumbent's connection goes, or 0."""
-        route = self._routes.get(entry.owner, 0)
-        return route if self._is_of_cut(entry) and self._holdings.is_alive(route) else 0
+        route = self._routes.get(case.owner, 0)
+        return route if self._is_of_cut(case) and self._holdings.is_alive(route) else 0
 
     @property
     def is_staged(self) -> bool:
@@ -122,10 +119,10 @@ class Move:
     def accept_off_acked(self, worker: Worker) -> None:
         """All its lends are in: the set of its connections is closed, freezing can begin."""
         worker.is_off = True
-        served = [entry for entry in self._ledger.of(worker.id) if entry.standing is Standing.SERVED]
-        worker.queue.extend(entry.cookie for entry in served if not self._is_of_cut(entry))
+        served = self._ledger.sort(self._ledger.find(Standing.SERVED, owners=(worker.id,)), self._is_of_cut)
+        worker.queue.extend(served.get(False, ()))
         if self.has_cut:
-            self._freeze_cut(worker, [entry.cookie for entry in served if self._is_of_cut(entry)])
+            self._freeze_cut(worker, served.get(True, []))
         self._feed(worker)
 
     def _freeze_cut(self, worker: Worker, cookies: list[int]) -> None:
@@ -142,7 +139,7 @@ class Move:
             gather_ms=max(int(self._asked.gather_s * 1000), 1) if is_cut else 0,
             wait_ms=int(self._asked.boundary_s * 1000),
             cookie=tuple(cookies),
-            epoch=tuple([self._ledger.freeze(cookie) for cookie in cookies]),
+            epoch=tuple(self._ledger.freeze(cookies)),
         )
         self._holdings.send(worker.id, message)
 
@@ -159,11 +156,8 @@ class Move:
             and len(worker.unanswered) < ROLLING_WINDOW
             and self._between[worker.id] <= ROLLING_BATCH * (ROLLING_WINDOW - 1)
         ):
-            batch: list[int] = []
-            while worker.queue and len(batch) < ROLLING_BATCH:
-                entry = self._ledger.entries.get(worker.queue.popleft())
-                if entry is not None and entry.standing is Standing.SERVED:
-                    batch.append(entry.cookie)
+            waiting = [worker.queue.popleft() for _ in range(min(len(worker.queue), ROLLING_BATCH))]
+            batch = self._ledger.of(waiting, Standing.SERVED)
             if batch:
                 self._freeze(worker, batch, is_cut=False)
 
@@ -177,19 +171,11 @@ class Move:
             IllegalEvent: one is not the sender's, was not asked for, or is of an unknown kind.
 
         """
-        message = messages.expect(event.message, messages.Frozen)
         worker = self._holdings.workers[event.worker]
-        self._ledger.check(worker.id, message.cookie, message.epoch, (Standing.FREEZING,))
-        self._ledger.check_kinds(worker.id, message.kind)
+        message = self._ledger.frozen(worker.id, messages.expect(event.message, messages.Frozen))
         worker.unanswered.discard(message.batch)
-        worker.parked_bytes += sum(record.size_bytes for record in message.records())
-        self.place(
-            [
-                self._ledger.frozen(worker.id, cookie, epoch, record)
-                for cookie, epoch, record in zip(message.cookie, message.epoch, message.records(), strict=True)
-                if not self._ledger.is_late(cookie)
-            ]
-        )
+        worker.parked_bytes += message.size_bytes
+        self.place(message.cookie)
         self._feed(worker)
 
     def excess(self, worker: int) -> str | None:
@@ -210,12 +196,12 @@ class Move:
             IllegalEvent: one was not given to it.
 
         """
-        for entry, pause_us in self._holdings.adopt(event):
-            self.pauses_us.append(pause_us)
-            self.moved += event.worker in self.replacements
-            if entry.moving.kept_because is not None:
-                self.kept[entry.cookie] = entry.moving.kept_because
-            self._settled(entry.cookie)
+        served = self._holdings.adopt(event)
+        self.pauses_us.extend(served.pause_us)
+        self.moved += served.rows * (event.worker in self.replacements)
+        reasons = self._ledger.kept_because
+        self.kept.update((cookie, reasons[cookie]) for cookie in reasons.keys() & served.cookie)
+        self._settled(served.cookie)
 
     def refused(self, event: FromWorker) -> None:
         """
@@ -226,23 +212,14 @@ class Move:
 
         """
         message = messages.expect(event.message, messages.Refused)
-        worker = self._holdings.workers[event.worker]
-        self._ledger.check(worker.id, message.cookie, message.epoch, (Standing.THAWING, Standing.FREEZING))
-        given_back: list[Entry] = []
-        copies: list[tuple[int, int]] = []
-        for cookie, reason in zip(message.cookie, message.reason, strict=True):
-            if self._ledger.is_late(cookie):
-                continue
-            entry = self._ledger.refuse(worker.id, cookie, reason.decode(errors="replace"))
-            if entry.standing is Standing.PARKED:
-                given_back.append(entry)
-                continue
-            if not self.is_backwards or worker.id in self.replacements:
-                self.kept[cookie] = entry.moving.kept_because or ""
-            self._settled(cookie)
-            copies += [(copy, cookie) for copy in self._ledger.forget_others(cookie)]
-        self.given_back += sum(not entry.moving.is_ceded for entry in given_back)  # else it is none of the incumbent's
-        self._holdings.drop(copies)
+        asked = Standing.THAWING, Standing.FREEZING
+        kept, given_back = self._ledger.refuse(event.worker, message, *asked)
+        if not self.is_backwards or event.worker in self.replacements:
+            self.kept.update((cookie, self._ledger.kept_because[cookie]) for cookie in kept)
+        self._settled(kept)
+        # What is ceded is none of the incumbent's.
+        self.given_back += len(self._ledger.sort(given_back, lambda case: case.is_ceded).get(False, ()))
+        self._holdings.drop(self._ledger.forget_others(kept))
         self.place(given_back)
 
     def gathered(self, event: FromWorker) -> None:
@@ -250,7 +227,7 @@ class Move:
         worker = self._holdings.workers[event.worker]
         if worker.is_off:  # else it answers a move that was rolled back
             worker.has_gathered = True
-            worker.shared = messages.expect(event.message, messages.Gathered).shared
+            worker.shared = tuple(messages.expect(event.message, messages.Gathered).shared)
 
     def enter_cuts(self) -> None:
         """Let each replacement begin that has all the cuts which go to it; after the last, HTTP follows."""
@@ -270,95 +247,79 @@ class Move:
 
     # ---- placing
 
-    def place(self, parked: Iterable[Entry]) -> None:
+    def place(self, parked: Sequence[int]) -> None:
         """Give parked connections to whom the direction wants; nobody alive, they stay; nobody fit, they are lost."""
-        per_target: dict[int, list[Entry]] = {}
-        for entry in parked:
-            target = None if self._has_no_listener(entry) else self._destination(entry)
+        listened = self._holdings.close_without_listener(parked)
+        closed = set(parked).difference(listened)
+        self.closed |= closed
+        self._settled(closed)
+        for target, cookies in self._ledger.sort(listened, self._destination).items():
             if target is not None:
-                self.open.add(entry.cookie)
-                per_target.setdefault(target, []).append(entry)
-            elif self._has_no_listener(entry):
-                self.closed.add(entry.cookie)
-                self._holdings.close(entry.cookie)
-                self._settled(entry.cookie)
+                self.open.update(cookies)
+                self._thaw(target, cookies)
             elif self.living_incumbents() or self.living_replacements():
-                self._holdings.lose(entry.cookie)
-                self.note_lost([entry.cookie])
-        for target, entries in per_target.items():
-            self._thaw(target, entries)
+                self._holdings.lose(cookies)
+                self.note_lost(cookies)
 
     def place_all(self) -> None:
-        self.place([entry for entry in self._ledger.entries.values() if entry.standing is Standing.PARKED])
+        self.place(self._ledger.parked())
 
-    def _destination(self, entry: Entry) -> int | None:
-        passage = entry.moving
+    def _destination(self, case: Case) -> int | None:
         sides = [self.living_replacements(), self.living_incumbents()]
-        if entry.listener in self._asked.added:
+        if case.listener in self._asked.added:
             sides.pop()  # the incumbent does not know its listener
-        if self.is_backwards or passage.kept_because is not None:
+        if self.is_backwards or case.is_kept:
             sides.reverse()
         for side in sides:
-            living = [worker.id for worker in side if worker.id not in passage.unfit]
+            living = [worker.id for worker in side if worker.id not in case.unfit]
             if not living:
                 continue
-            preferred = [copy for copy in (self._route(entry), passage.staged_in, passage.origin) if copy in living]
+            preferred = [copy for copy in (self._route(case), case.staged_in, case.origin) if copy in living]
             return preferred[0] if preferred else min(living, key=lambda worker: self._ledger.owned[worker])
-        return self._holdings.ceder(entry) if any(sides) else None
+        return self._holdings.ceder(case) if any(sides) else None
 
-    def _thaw(self, target: int, entries: list[Entry]) -> None:
-        without_copy = [e for e in entries if target not in (e.moving.staged_in, e.moving.origin)]
+    def _thaw(self, target: int, cookies: Sequence[int]) -> None:
+        without_copy = self._ledger.without_copy(cookies, target)
         is_forward = target in self.replacements
         if is_forward:
-            self._unstage(without_copy)
+            # What became part of a cut after it was built elsewhere belongs to the others of its worker.
+            self._holdings.drop(self._ledger.unstage(without_copy, self.replacements))
+            leaving = [cookie for cookie in cookies if cookie not in self._left]
+            owners = self._ledger.column("owner", leaving)
+            self._left.update(zip(leaving, owners, strict=True))
+            self._between.update(owners)
         self._holdings.stage(target, without_copy)
-        for entry in entries:
-            if is_forward and entry.cookie not in self._left:
-                self._left[entry.cookie] = entry.owner
-                self._between[entry.owner] += 1
-        self._holdings.thaw(target, [(entry, self._record_for(entry, target)) for entry in entries])
-
-    def _unstage(self, entries: Iterable[Entry]) -> None:
-        """It became part of a cut after it was built elsewhere: it belongs to the others of its worker."""
-        built = [(e.moving.staged_in, e.cookie) for e in entries if e.moving.staged_in in self.replacements]
-        for _, cookie in built:
-            self._ledger.unstage(cookie)
-        self._holdings.drop(built)
-
-    def _record_for(self, entry: Entry, target: int) -> messages.Record:
-        record = self._ledger.record_for(entry, target)
-        is_cut = self.has_cut and not self.is_backwards and target in self.replacements
-        if is_cut and not self._holdings.workers[target].has_entered:
-            # It waits for the cut, also where it missed its own incumbent's.
-            return attrs.evolve(record, flags=record.flags | messages.RecordFlag.CUT)
-        return record
+        # It waits for the cut, also where it missed its own incumbent's.
+        is_cut = self.has_cut and not self.is_backwards and is_forward
+        self._holdings.thaw(target, cookies, is_cut=is_cut and not self._holdings.workers[target].has_entered)
 
     # ---- settling
 
-    def _settled(self, cookie: int) -> None:
-        """Its passage is over; the incumbent that it left may freeze another."""
-        self.open.discard(cookie)
-        incumbent = self._left.pop(cookie, 0)
-        self._between[incumbent] -= 1
-        if not self.is_backwards and self._holdings.is_alive(incumbent):
-            self._feed(self._holdings.workers[incumbent])
+    def _settled(self, cookies: Collection[int]) -> None:
+        """Their passage is over; the incumbents that they left may freeze others."""
+        self.open.difference_update(cookies)
+        left = collections.Counter(self._left.pop(cookie, 0) for cookie in cookies)
+        self._between.subtract(left)
+        for incumbent in left:
+            if not self.is_backwards and self._holdings.is_alive(incumbent):
+                self._feed(self._holdings.workers[incumbent])
 
-    def note_ended(self, cookie: int) -> None:
-        self.ended += cookie in self.open  # else it had moved before, or was no part of this
-        self.kept.pop(cookie, None)
-        self._settled(cookie)
-
-    def note_lost(self, cookies: Iterable[int]) -> None:
+    def note_ended(self, cookies: Sequence[int]) -> None:
+        self.ended += len(self.open.intersection(cookies))  # the others had moved before, or were no part of this
         for cookie in cookies:
-            self.lost += 1
-            self.closed.discard(cookie)
             self.kept.pop(cookie, None)
-            self._settled(cookie)
+        self._settled(cookies)
+
+    def note_lost(self, cookies: Sequence[int]) -> None:
+        self.lost += len(cookies)
+        self.closed.difference_update(cookies)
+        for cookie in cookies:
+            self.kept.pop(cookie, None)
+        self._settled(cookies)
 
     def note_burial(self, burial: Burial) -> None:
         self.note_lost(burial.lost)
-        for cookie in burial.ended:
-            self.note_ended(cookie)
+        self.note_ended(burial.ended)
 
     @property
     def is_complete(self) -> bool:
@@ -381,38 +342,29 @@ class Move:
             replacement.is_off = False
             self._holdings.accept_off(replacement, is_moving=True)
         own = {worker.id for worker in self.living_incumbents()}
-        served = {e.cookie for e in self._ledger.entries.values() if e.standing is Standing.SERVED and e.owner in own}
-        self.open -= served
+        self.open.difference_update(self._ledger.find(Standing.SERVED, owners=own))
         self.freeze_replacements()
         self.place_all()
 
     def freeze_replacements(self) -> None:
         """Freeze what the replacement serves or was given; what it refused to give back stays there."""
         self._close_without_listener()
+        refused = self._ledger.kept_because
         for replacement in self.living_replacements():
-            cookies = [
-                entry.cookie
-                for entry in self._ledger.of(replacement.id)
-                if entry.standing in (Standing.SERVED, Standing.THAWING)
-                and entry.moving.kept_because is None
-                and not self._has_no_listener(entry)
-            ]
+            held = self._ledger.find(Standing.SERVED, Standing.THAWING, owners=(replacement.id,))
+            cookies = [cookie for cookie in held if cookie not in refused and cookie not in self.closed]
             self.open.update(cookies)
             for chunk in chunks(cookies, messages.MAX_ROWS):
                 self._freeze(replacement, chunk, is_cut=False)
 
-    def _has_no_listener(self, entry: Entry) -> bool:
-        """Whether a roll-back took its listener away: the incumbent has none of that number, and never will."""
-        return entry.listener in self._holdings.withdrawn
-
     def _close_without_listener(self) -> None:
         """Let the replacement end these by itself: what is unsent, then FIN."""
+        withdrawn = self._holdings.withdrawn
         for replacement in self.living_replacements():
-            cookies = [
-                entry.cookie
-                for entry in self._ledger.of(replacement.id)
-                if self._has_no_listener(entry) and entry.cookie not in self.closed
-            ]
+            held = self._ledger.sort(
+                self._ledger.find(owners=(replacement.id,)), lambda case: case.listener in withdrawn
+            )
+            cookies = [cookie for cookie in held.get(True, ()) if cookie not in self.closed]
             self.closed.update(cookies)
             for chunk in chunks(cookies, messages.MAX_ROWS):
                 self._holdings.push(replacement.id, [(cookie, messages.Act.CLOSE, b"") for cookie in chunk])
@@ -425,7 +377,7 @@ class Move:
 
     def stalled(self) -> list[Worker]:
         """Return those that owe an answer, the replacement's before all others."""
-        owing = {self._ledger.entries[cookie].owner for cookie in self.open if cookie in self._ledger.entries}
+        owing = set(self._ledger.column("owner", [cookie for cookie in self.open if cookie in self._ledger]))
         replacements = [w for w in self.living_replacements() if w.id in owing or not w.is_off]
         return replacements or self._holdings.living(owing)
 

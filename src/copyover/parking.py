@@ -9,15 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from copyover import messages
-from copyover.holdings import Strength
+from copyover.holdings import Strength, spread
 from copyover.ledger import Standing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from copyover.events import FromWorker
     from copyover.holdings import Holdings
-    from copyover.ledger import Entry
 
 
 class Parking:
@@ -32,39 +31,31 @@ class Parking:
         serving = self._holdings.serving()
         if not serving:
             return
-        per_worker: dict[int, list[Entry]] = {}
         owned = self._holdings.ledger.owned
-        for entry in self._holdings.ledger.entries.values():
-            if entry.standing is Standing.PARKED:
-                target = min(serving, key=lambda worker: owned[worker.id] + len(per_worker.get(worker.id, ()))).id
-                per_worker.setdefault(target, []).append(entry)
-        for target, entries in per_worker.items():
-            self._holdings.stage(target, entries)
-            self._give(target, entries)
-            self._holdings.note("resuming", worker=target, connections=len(entries))
+        loads = {worker.id: owned[worker.id] for worker in serving}
+        for target, cookies in spread(self._holdings.ledger.parked(), loads).items():
+            self._holdings.stage(target, cookies)
+            self._give(target, cookies)
+            self._holdings.note("resuming", worker=target, connections=len(cookies))
 
-    def give_back(self, parked: Iterable[Entry]) -> None:
+    def give_back(self, parked: Sequence[int]) -> None:
         """Nobody else can serve these: let those who ceded them go on; what nobody ceded is lost."""
-        per_worker: dict[int, list[Entry]] = {}
-        for entry in parked:
-            ceder = self._holdings.ceder(entry)
-            if ceder is None:
-                self._holdings.lose(entry.cookie)
-            else:
-                per_worker.setdefault(ceder, []).append(entry)
-        for ceder, entries in per_worker.items():
-            self._give(ceder, entries)
-            self._holdings.note("given-back", worker=ceder, connections=len(entries))
+        per_ceder = self._holdings.ledger.sort(parked, self._holdings.ceder)
+        self._holdings.lose(per_ceder.pop(None, []))
+        for ceder, cookies in per_ceder.items():
+            if ceder is not None:
+                self._give(ceder, cookies)
+                self._holdings.note("given-back", worker=ceder, connections=len(cookies))
 
-    def _give(self, worker: int, entries: list[Entry]) -> None:
-        ledger = self._holdings.ledger
-        self._holdings.thaw(worker, [(entry, ledger.record_for(entry, worker)) for entry in entries])
-        self.given.update(dict.fromkeys([entry.cookie for entry in entries], worker))
+    def _give(self, worker: int, cookies: Sequence[int]) -> None:
+        self._holdings.thaw(worker, cookies)
+        self.given.update(dict.fromkeys(cookies, worker))
 
     def expect(self, cookies: Iterable[int]) -> None:
         """Wait for those of *cookies* that a move has given to somebody, and that it did not wait for."""
-        found = map(self._holdings.ledger.entries.get, cookies)
-        self.given |= {entry.cookie: entry.owner for entry in found if entry and entry.standing is Standing.THAWING}
+        ledger = self._holdings.ledger
+        given = ledger.of(cookies, Standing.THAWING)
+        self.given.update(zip(given, ledger.column("owner", given), strict=True))
 
     def adopted(self, event: FromWorker) -> None:
         """
@@ -74,10 +65,9 @@ class Parking:
             IllegalEvent: one was not given to it.
 
         """
-        served = [entry for entry, _ in self._holdings.adopt(event)]
-        for entry in served:
-            entry.passage = None
-        self.settled(entry.cookie for entry in served)
+        served = self._holdings.adopt(event).cookie
+        self._holdings.ledger.forget(served)
+        self.settled(served)
 
     def refused(self, event: FromWorker) -> None:
         """
@@ -91,13 +81,9 @@ class Parking:
         """
         message = messages.expect(event.message, messages.Refused)
         ledger = self._holdings.ledger
-        ledger.check(event.worker, message.cookie, message.epoch, (Standing.THAWING,))
-        unreadable: list[Entry] = []
-        for cookie, reason in zip(message.cookie, message.reason, strict=True):
-            if not ledger.is_late(cookie):
-                why = reason.decode(errors="replace")
-                self._holdings.note("unreadable", connection=cookie, reason=why)
-                unreadable.append(ledger.refuse(event.worker, cookie, why))
+        _, unreadable = ledger.refuse(event.worker, message, Standing.THAWING)
+        for cookie in unreadable:
+            self._holdings.note("unreadable", connection=cookie, reason=ledger.kept_because[cookie])
         self.settled(message.cookie)
         self.give_back(unreadable)
 

@@ -14,7 +14,6 @@ from copyover.change import Phase
 from copyover.errors import IllegalEvent
 from copyover.events import Finished, Outcome, Result
 from copyover.holdings import Holdings, Strength
-from copyover.ledger import Standing
 from copyover.parking import Parking
 
 if TYPE_CHECKING:
@@ -79,7 +78,7 @@ class Peace:
         self.holdings.forward(event)
 
     def _release(self, event: FromWorker) -> None:
-        self.holdings.release(event, lambda cookie: self.parking.settled([cookie]))
+        self.parking.settled(self.holdings.release(event))
         if self.holdings.regain_room():
             for worker in self.holdings.serving():
                 self.holdings.admit(worker.id)
@@ -131,7 +130,7 @@ class Peace:
         burial = self.holdings.bury(event)
         if self.change is not None:
             self._move.note_burial(burial)
-        self.parking.settled([*burial.lost, *burial.ended, *(entry.cookie for entry in burial.parked)])
+        self.parking.settled([*burial.lost, *burial.ended, *burial.parked])
         self.parking.place()
         return burial.worker
 
@@ -171,7 +170,7 @@ class Peace:
             else:
                 self.holdings.send(worker.id, messages.Stop(drain_ms=int(event.drain_s * 1000)))
         # No worker will come to take these.
-        self.parking.give_back([e for e in self.ledger.entries.values() if e.standing is Standing.PARKED])
+        self.parking.give_back(self.ledger.parked())
         self.holdings.set_timer("stop", event.drain_s + 5)
         self._check_stopped()
 

@@ -146,9 +146,9 @@ class Machine(Undoing):
             self._check_complete()
 
     def _lend_and_stage(self, event: FromWorker) -> None:
-        entries = self.holdings.lend(event)
+        lent = self.holdings.lend(event)
         if event.worker in self._move.incumbents:
-            self._move.stage(entries)
+            self._move.stage(lent)
 
     def _ceded_before_move(self, event: FromWorker) -> None:
         """It waits for the move, which is about to begin."""
@@ -188,15 +188,13 @@ class Machine(Undoing):
         self._check_complete()
 
     def _release_in_change(self, event: FromWorker) -> None:
-        self.holdings.release(event, self._ended_in_change)
+        ended = self.holdings.release(event)
+        self._move.note_ended(ended)
+        self.parking.settled(ended)
         if self.holdings.regain_room() and self.phase is Phase.BAKING:  # else who serves is admitted at the end
             for worker in self._move.living_replacements():
                 self.holdings.admit(worker.id, is_moving=True)
         self._check()
-
-    def _ended_in_change(self, cookie: int) -> None:
-        self._move.note_ended(cookie)
-        self.parking.settled([cookie])
 
     def _check_complete(self) -> None:
         self._move.enter_cuts()

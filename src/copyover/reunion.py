@@ -13,8 +13,8 @@ import attrs
 from copyover import messages
 from copyover.events import Close
 from copyover.holdings import Strength, Worker
-from copyover.ledger import Passage, Standing
-from copyover.messages import Doing
+from copyover.ledger import Entry, Standing
+from copyover.messages import Doing, Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -81,22 +81,28 @@ def _precedence(found: tuple[int, Row]) -> tuple[int, bool]:
 
 def _enter(holdings: Holdings, copies: Sequence[tuple[int, Row]]) -> None:
     *older, (owner, newest) = copies
-    entry = holdings.ledger.lend(owner, newest.cookie, newest.descriptor, newest.listener, newest.record.kind)
-    entry.epoch, entry.standing = newest.epoch, _STANDINGS[newest.doing]
     waiting, ceder = _origins(holdings, copies)
-    if newest.doing is not Doing.SERVES or waiting:
-        entry.passage = Passage(
-            staged_in=owner if newest.doing is not Doing.FROZE else waiting[-1] if waiting else 0,
+    is_on_its_way = newest.doing is not Doing.SERVES or bool(waiting)
+    holdings.ledger.restore(
+        Entry(
+            newest.cookie,
+            newest.descriptor,
+            newest.listener,
+            owner,
+            epoch=newest.epoch,
+            kind=Kind(newest.record.kind),
+            standing=_STANDINGS[newest.doing],
+            staged_in=(owner if newest.doing is not Doing.FROZE else waiting[-1] if waiting else 0) * is_on_its_way,
             origin=waiting[0] if waiting else 0,
             record=None if newest.doing is Doing.SERVES else newest.record,
-            is_given=newest.doing is Doing.WAITS,
             # The coroutine that froze first goes on only where certainly nobody has served it since.
-            was_adopted=newest.doing is Doing.SERVES or not _is_untouched(copies),
+            was_adopted=is_on_its_way and (newest.doing is Doing.SERVES or not _is_untouched(copies)),
             is_ceded=ceder != 0,
         )
+    )
     _close(holdings, [row for _, row in older])
     if newest.doing is not Doing.SERVES and not newest.is_current:
-        holdings.lose(newest.cookie)  # whoever served it since died with the holder: to go on here would repeat bytes
+        holdings.lose([newest.cookie])  # whoever served it since died with the holder: to go on here would repeat bytes
 
 
 def _origins(holdings: Holdings, copies: Sequence[tuple[int, Row]]) -> tuple[list[int], int]:
@@ -120,14 +126,13 @@ def _is_untouched(copies: Sequence[tuple[int, Row]]) -> bool:
 
 
 def _close(holdings: Holdings, rows: Iterable[Row]) -> None:
-    holdings.effects.extend(Close(row.descriptor) for row in rows)
+    holdings.effects.extend(Close((row.descriptor,)) for row in rows)
 
 
 def let_enter(holdings: Holdings, workers: Iterable[int]) -> dict[int, int]:
     """Tell those of *workers* who were given a record to serve from it; return these connections, and whose each is."""
-    asked = set(workers)
-    entries = holdings.ledger.entries.values()
-    given = {e.cookie: e.owner for e in entries if e.standing is Standing.THAWING and e.owner in asked}
+    cookies = holdings.ledger.find(Standing.THAWING, owners=set(workers))
+    given = dict(zip(cookies, holdings.ledger.column("owner", cookies), strict=True))
     for worker in dict.fromkeys(given.values()):
         holdings.send(worker, messages.Enter(cut=True))
         holdings.send(worker, messages.Enter(cut=False))

@@ -25,7 +25,7 @@ from copyover.config import Config  # noqa: TC001  # cattrs reads the annotation
 from copyover.errors import ChangeRefused, IllegalEvent
 from copyover.events import Quotas  # noqa: TC001  # cattrs reads the annotations
 from copyover.holdings import Holdings, Strength, Worker
-from copyover.ledger import Standing
+from copyover.ledger import Column, Standing
 from copyover.listeners import Address  # noqa: TC001  # the same
 from copyover.messages import Hello  # noqa: TC001  # the same
 from copyover.release import Release  # noqa: TC001  # the same
@@ -38,7 +38,14 @@ if TYPE_CHECKING:
 FORMATS = (1, 1)  # the oldest and the newest that this release reads; it writes the newest
 
 # Columns of the ledger's entries, little-endian. Standing and passage stay: nothing leaves before all is served.
-COLUMNS = {"cookie": "Q", "descriptor": "I", "listener": "I", "owner": "Q", "kind": "B", "epoch": "Q"}
+COLUMNS: dict[Column, str] = {
+    "cookie": "Q",
+    "descriptor": "I",
+    "listener": "I",
+    "owner": "Q",
+    "kind": "B",
+    "epoch": "Q",
+}
 # Fields of a Worker that mean something only while a move is under way.
 OF_THE_MOVE = ("is_off", "has_gathered", "has_entered", "shared", "unanswered", "queue", "parked_bytes")
 
@@ -196,15 +203,14 @@ def obstacle(machine: Machine) -> str | None:
     for worker in machine.holdings.workers.values():
         if worker.strength is Strength.DYING:
             return f"worker {worker.id} was killed and has not ended yet"
-    for entry in machine.ledger.entries.values():
-        if entry.standing is not Standing.SERVED:
-            return f"connection {entry.cookie} is {entry.standing.value}"
+    for cookie in machine.ledger.find(Standing.FREEZING, Standing.PARKED, Standing.THAWING):
+        return f"connection {cookie} is {machine.ledger.standing(cookie).value}"
     return None
 
 
 def hold(holdings: Holdings) -> Held:
     """Export what *holdings* has; the next number of each counter is used up by it."""
-    entries = holdings.ledger.entries.values()
+    cookies = list(holdings.ledger)
     return Held(
         generation=holdings.generation,
         wanted=holdings.wanted,
@@ -218,7 +224,7 @@ def hold(holdings: Holdings) -> Held:
         workers=list(holdings.workers.values()),
         quotas=holdings.quotas,
         entries={
-            name: struct.pack(f"<{len(entries)}{code}", *[getattr(entry, name) for entry in entries])
+            name: struct.pack(f"<{len(cookies)}{code}", *holdings.ledger.column(name, cookies))
             for name, code in COLUMNS.items()
         },
     )
@@ -244,16 +250,17 @@ def revive(held: Held, capacity: int) -> Machine:
     if set(held.entries) != set(COLUMNS):
         raise ChangeRefused(f"the state has the columns {', '.join(held.entries)}, not {', '.join(COLUMNS)}")
     try:
-        for cookie, descriptor, listener, owner, kind, epoch in zip(*(_unpack(held, c) for c in COLUMNS), strict=True):
+        columns = {name: _unpack(held, name) for name in COLUMNS}
+        for cookie, owner in zip(columns["cookie"], columns["owner"], strict=True):
             if owner not in holdings.workers:
                 raise ChangeRefused(f"the state has connection {cookie} of worker {owner}, whom it does not have")
-            machine.ledger.lend(owner, cookie, descriptor, listener, kind).epoch = epoch
-    except (IllegalEvent, ValueError) as problem:
+        machine.ledger.inherit(**columns)
+    except (IllegalEvent, OverflowError, ValueError) as problem:
         raise ChangeRefused(f"the state's connections do not add up: {problem}") from problem
     return machine
 
 
-def _unpack(held: Held, name: str) -> tuple[int, ...]:
+def _unpack(held: Held, name: Column) -> tuple[int, ...]:
     packed = held.entries[name]
     code = struct.Struct(f"<{COLUMNS[name]}")
     if len(packed) % code.size:
@@ -281,7 +288,7 @@ def check(estate: Estate) -> None:
     if machine.holdings.generation not in generations:
         raise ChangeRefused(f"the state does not have generation {machine.holdings.generation}, which serves")
     names = estate.listening.names
-    numbers = {entry.listener for entry in machine.ledger.entries.values()}
+    numbers = set(machine.ledger.column("listener", machine.ledger))
     numbers |= {listener.number for listener in estate.listening.listeners}
     unknown = numbers.difference(number for number, _, _ in names)
     if unknown:

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from copyover.columns import Blobs, Column
 from copyover.errors import WireError
 from copyover.messages import BY_KIND, Hello, Message
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
 WIRE_VERSIONS = (1, 1)  # the oldest and the newest that this release speaks
 RECORD_VERSIONS = (1, 1)  # of the columns of a record
@@ -27,6 +28,7 @@ MAX_BODY_BYTES = 1 << 30  # what a peer may make us read out of a memfd
 
 HEADER = struct.Struct("<2sBBIIHH")  # magic, version, kind, rows, bytes of JSON, descriptors, flags
 MAGIC = b"co"
+_BYTES = {code: struct.calcsize(f"<{code}") for code in "BHIQ"}
 FLAG_MEMFD = 1  # the body is in a sealed memfd, the last descriptor of the packet
 
 
@@ -35,18 +37,20 @@ class _Layout:
     rare: tuple[tuple[str, type], ...]
     columns: tuple[tuple[str, str], ...]
     blobs: tuple[str, ...]
-
-    @property
-    def row_fields(self) -> tuple[str, ...]:
-        return tuple(name for name, _ in self.columns) + self.blobs
+    row_fields: tuple[str, ...]
+    row_bytes: int  # of one row, its blobs aside
 
 
 def _read_layout(kind: type[Message]) -> _Layout:
     fields = attrs.fields(kind)
+    columns = tuple((field.name, field.metadata["column"]) for field in fields if "column" in field.metadata)
+    blobs = tuple(field.name for field in fields if "blob" in field.metadata)
     return _Layout(
         rare=tuple((field.name, field.metadata["rare"]) for field in fields if "rare" in field.metadata),
-        columns=tuple((field.name, field.metadata["column"]) for field in fields if "column" in field.metadata),
-        blobs=tuple(field.name for field in fields if "blob" in field.metadata),
+        columns=columns,
+        blobs=blobs,
+        row_fields=(*[name for name, _ in columns], *blobs),
+        row_bytes=sum(_BYTES[code] for _, code in columns) + _BYTES["I"] * len(blobs),
     )
 
 
@@ -85,24 +89,28 @@ def encode(message: Message, *, descriptors: int = 0, version: int = WIRE_VERSIO
     rows = message.rows
     if descriptors != (rows if message.CARRIES_DESCRIPTORS else 0):
         raise WireError(f"{type(message).__name__} of {rows} rows cannot travel with {descriptors} descriptors")
-    parts: list[bytes] = []
+    rare = b""
     if layout.rare:
         values = {name: getattr(message, name) for name, _ in layout.rare}
-        parts.append(json.dumps(values, separators=(",", ":")).encode())
-    rare_bytes = len(parts[0]) if parts else 0
-    for name in layout.row_fields:
-        if len(getattr(message, name)) != rows:
-            raise WireError(f"{type(message).__name__}.{name} has {len(getattr(message, name))} values, not {rows}")
-    for name, code in layout.columns:
-        try:
-            parts.append(struct.pack(f"<{rows}{code}", *getattr(message, name)))
-        except struct.error as problem:
-            raise WireError(f"{type(message).__name__}.{name} does not fit its column: {problem}") from problem
-    parts.extend(struct.pack(f"<{rows}I", *map(len, getattr(message, name))) for name in layout.blobs)
-    for name in layout.blobs:
-        parts.extend(getattr(message, name))
-    header = Header(version, message.KIND, rows, rare_bytes, descriptors, 0)
-    return header, b"".join(parts)
+        rare = json.dumps(values, separators=(",", ":")).encode()
+    columns = [_column(message, name, code) for name, code in layout.columns]
+    blobs = [Blobs.of(getattr(message, name)) for name in layout.blobs]
+    for name, column in zip(layout.row_fields, [*columns, *blobs], strict=True):
+        if len(column) != rows:
+            raise WireError(f"{type(message).__name__}.{name} has {len(column)} values, not {rows}")
+    header = Header(version, message.KIND, rows, len(rare), descriptors, 0)
+    packed = [column.packed() for column in (*columns, *[blob.sizes for blob in blobs])]
+    return header, b"".join([rare, *packed, *[blob.joined for blob in blobs]])
+
+
+def _column(message: Message, name: str, code: str) -> Column:
+    values = getattr(message, name)
+    if type(values) is Column and values.typecode == code:
+        return values
+    try:
+        return Column(code, values)
+    except (OverflowError, TypeError) as problem:
+        raise WireError(f"{type(message).__name__}.{name} does not fit its column: {problem}") from problem
 
 
 def decode_header(packet: bytes) -> Header:
@@ -144,30 +152,25 @@ def decode(header: Header, body: bytes | memoryview) -> Message:
         raise WireError(f"{name} has no rows, this one claims {header.rows}")
     view = memoryview(body)
     fields: dict[str, Any] = _decode_rare(name, layout, bytes(view[: header.rare_bytes]), header.rare_bytes)
-    at = header.rare_bytes
-    try:
-        for field, code in layout.columns:
-            fields[field] = struct.unpack_from(f"<{header.rows}{code}", view, at)
-            at += struct.calcsize(f"<{header.rows}{code}")
-        lengths = []
-        for _ in layout.blobs:
-            lengths.append(struct.unpack_from(f"<{header.rows}I", view, at))
-            at += 4 * header.rows
-    except struct.error as short:
-        raise WireError(f"{name} of {header.rows} rows is cut short at {len(view)} bytes") from short
-    if at + sum(map(sum, lengths)) != len(view):
-        raise WireError(f"{name} is {len(view)} bytes long, its rows say {at + sum(map(sum, lengths))}")
-    for field, sizes in zip(layout.blobs, lengths, strict=True):
-        fields[field], at = _cut(view, at, sizes)
+    start, rows = header.rare_bytes, header.rows
+    if start + rows * layout.row_bytes > len(view):
+        raise WireError(f"{name} of {rows} rows is cut short at {len(view)} bytes")
+    sizes: list[Column] = []
+    for field, code in (*layout.columns, *[("", "I")] * len(layout.blobs)):
+        end = start + rows * _BYTES[code]
+        column = Column.read(code, view[start:end])
+        start = end
+        if field:
+            fields[field] = column
+        else:
+            sizes.append(column)
+    lengths = [sum(column) for column in sizes]
+    if start + sum(lengths) != len(view):
+        raise WireError(f"{name} is {len(view)} bytes long, its rows say {start + sum(lengths)}")
+    for field, column, length in zip(layout.blobs, sizes, lengths, strict=True):
+        fields[field] = Blobs(column, bytes(view[start : start + length]))
+        start += length
     return kind(**fields)
-
-
-def _cut(view: memoryview, at: int, sizes: Iterable[int]) -> tuple[tuple[bytes, ...], int]:
-    values = []
-    for size in sizes:
-        values.append(bytes(view[at : at + size]))
-        at += size
-    return tuple(values), at
 
 
 def _decode_rare(name: str, layout: _Layout, text: bytes, claimed: int) -> dict[str, Any]:

@@ -52,10 +52,9 @@ def blocked_by(machine: Machine, hands: Mapping[int, Hand], now_s: float) -> lis
         ]
     elif change is not None:
         waits = _owing(machine, change)
-        entries = machine.ledger.entries
-        slow = [entries[cookie] for cookie in change.move.open if cookie in entries]
+        slow = [machine.ledger.entry(cookie) for cookie in change.move.open if cookie in machine.ledger]
     found = [_worker(worker, reason, hands, now_s) for worker, reason in waits[:SHOWN]]
-    longest = heapq.nsmallest(SHOWN - len(found), slow, key=lambda entry: entry.moving.since_s)
+    longest = heapq.nsmallest(SHOWN - len(found), slow, key=lambda entry: entry.since_s)
     return found + [_connection(entry, hands, now_s) for entry in longest]
 
 
@@ -87,13 +86,13 @@ def _worker(worker: Worker, reason: str, hands: Mapping[int, Hand], now_s: float
 
 
 def _connection(entry: Entry, hands: Mapping[int, Hand], now_s: float) -> dict[str, Any]:
-    hand, refused = hands.get(entry.owner), entry.moving.kept_because
+    hand, refused = hands.get(entry.owner), entry.kept_because
     return {
         "connection": entry.cookie,
         "peer": peer_of_descriptor(entry.descriptor),
         "worker": entry.owner,
         "pid": None if hand is None else hand.pid,
         "standing": entry.standing.value,
-        "for_s": round(now_s - entry.moving.since_s, 3),
+        "for_s": round(now_s - entry.since_s, 3),
         "reason": IN_WORDS[entry.standing] if refused is None else f"{IN_WORDS[entry.standing]}; {refused}",
     }

@@ -278,16 +278,19 @@ class Crew:
 
     def _recover(self, hand: Hand) -> tuple[dict[int, messages.Record | None], frozenset[int]]:
         """Say what its slots and the kernel tell of what it had; of the first few that are reset, why."""
-        entries = [e for e in self._machine.ledger.of(hand.worker) if e.standing is not Standing.PARKED]
-        orphans = [Orphan(e.cookie, e.epoch, e.descriptor, self._policy(e.listener)) for e in entries]
+        ledger = self._machine.ledger
+        cookies = ledger.find(Standing.SERVED, Standing.FREEZING, Standing.THAWING, owners=(hand.worker,))
+        descriptors = dict(zip(cookies, ledger.column("descriptor", cookies), strict=True))
+        policies = map(self._policy, ledger.column("listener", cookies))
+        orphans = list(map(Orphan, cookies, ledger.column("epoch", cookies), descriptors.values(), policies))
         found = recover(hand.slots.fileno(), orphans)
         recovered: dict[int, messages.Record | None] = dict(found.records)
         reset: dict[int, str] = {}
-        for entry in entries:
-            record = None if entry.passage is None or not entry.passage.is_given else entry.passage.record
-            if entry.cookie in found.reset and not (record and is_current(entry.descriptor, record)):
-                recovered[entry.cookie] = None
-                reset[entry.cookie] = found.reset[entry.cookie]
+        for cookie, reason in found.reset.items():
+            given = ledger.record(cookie)
+            if given is None or not is_current(descriptors[cookie], given):
+                recovered[cookie] = None
+                reset[cookie] = reason
         for cookie, reason in itertools.islice((reset | found.interrupted).items(), REASONS_TOLD):
             self._note("not-exact", {"connection": cookie, "reason": reason}, logging.INFO)
         return recovered, found.ended

@@ -20,6 +20,7 @@ from copyover import config as configs
 from copyover import directory as directories
 from copyover import events, process
 from copyover.change import Phase
+from copyover.channel import close_all
 from copyover.errors import CopyoverError, IllegalEvent, UsageError
 from copyover.holder import control, dump, report
 from copyover.holder.chronicle import Chronicle
@@ -192,8 +193,7 @@ class Daemon:
         """A worker that breaks the protocol is killed: its word cannot be trusted for any connection."""
         self.chronicle.note("refused", {"problem": str(problem)}, logging.ERROR)
         if isinstance(event, events.FromWorker):
-            for descriptor in event.descriptors:
-                os.close(descriptor)
+            close_all(event.descriptors)
             self.crew.break_with(event.worker)
 
     def _perform(self, effect: events.Effect) -> None:  # noqa: C901, PLR0912  # one case an effect
@@ -204,10 +204,11 @@ class Daemon:
                 self.crew.spawn(worker, generation, after_s)
             case events.Kill(worker):
                 self.crew.kill(worker)
-            case events.Close(descriptor):
-                os.close(descriptor)
-            case events.Reset(descriptor):
-                reset_and_close(descriptor)
+            case events.Close(descriptors):
+                close_all(descriptors)
+            case events.Reset(descriptors):
+                for descriptor in descriptors:
+                    reset_and_close(descriptor)
             case events.SetTimer(name, None):
                 self.loop.cancel_timer(name)
             case events.SetTimer(name, float() | int() as after_s):
@@ -245,7 +246,7 @@ class Daemon:
             try:
                 config = attrs.evolve(pinned.config if pinned else self._read_settings(), **(wishes or {}))
                 release = pinned.release if pinned else pin(config)
-                referenced = {entry.listener for entry in self.machine.ledger.entries.values()}
+                referenced = set(self.machine.ledger.column("listener", self.machine.ledger))
                 self.listening.propose(generation, config.addresses, referenced)
             except CopyoverError as problem:
                 self._refuse_reload(asker, problem)

@@ -33,7 +33,7 @@ def content(machine: Machine, hands: Mapping[int, Hand], timers: Mapping[str, fl
         "generation": machine.holdings.generation,
         "wanted_workers": machine.holdings.wanted,
         "workers": [_worker(worker, hands.get(worker.id)) for worker in machine.holdings.workers.values()],
-        "ledger": [_entry(entry) for entry in machine.ledger.entries.values()],
+        "ledger": list(map(_entry, machine.ledger.entries())),
         "tombstones": sorted(machine.ledger.tombstones),
         "kept": {str(cookie): reason for cookie, reason in machine.holdings.kept.items()},
         "timers": {name: round(left_s, 3) for name, left_s in timers.items()},
@@ -107,23 +107,23 @@ def _worker(worker: Worker, hand: Hand | None) -> dict[str, Any]:
 
 
 def _entry(entry: Entry) -> dict[str, Any]:
-    passage = entry.passage
     return {
         "connection": entry.cookie,
         "owner": entry.owner,
         "epoch": entry.epoch,
         "standing": entry.standing.value,
         "listener": entry.listener,
-        "passage": passage
-        and {
-            "staged_in": passage.staged_in,
-            "origin": passage.origin,
-            "has_record": passage.record is not None,
-            "is_given": passage.is_given,
-            "was_adopted": passage.was_adopted,
-            "kept_because": passage.kept_because,
-            "pushed": len(passage.pushed),
-            "unfit": sorted(passage.unfit),
-            "since_s": passage.since_s,
-        },
+        "passage": {
+            "staged_in": entry.staged_in,
+            "origin": entry.origin,
+            "has_record": entry.record is not None,
+            "is_given": entry.is_given,
+            "was_adopted": entry.was_adopted,
+            "kept_because": entry.kept_because,
+            "pushed": len(entry.pushed),
+            "unfit": sorted(entry.unfit),
+            "since_s": entry.since_s,
+        }
+        if entry.has_passage
+        else None,
     }

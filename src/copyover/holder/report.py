@@ -16,6 +16,7 @@ from copyover.events import Outcome, Result
 from copyover.holder.blocking import blocked_by
 from copyover.holdings import Strength
 from copyover.ledger import Standing
+from copyover.messages import Kind
 from copyover.sockets import cookie_of, network_of, place_of_descriptor, plight_of_descriptor
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def status(machine: Machine, hands: Mapping[int, Hand], *, now_s: float, deadlin
         "retiring": _retiring(machine),
         "connections": {
             "live": len(machine.ledger),
-            "parked": sum(entry.standing is Standing.PARKED for entry in machine.ledger.entries.values()),
+            "parked": len(machine.ledger.parked()),
             "kept": len(machine.holdings.kept),
         },
         "limits": {
@@ -151,9 +152,9 @@ def _retiring(machine: Machine) -> list[dict[str, Any]]:
         number: collections.Counter() for number in retiring.values()
     }
     for worker, generation in retiring.items():
-        for entry in machine.ledger.of(worker):
-            if entry.standing is Standing.SERVED:
-                found[generation][kind_name(entry), holdings.kept.get(entry.cookie, "")] += 1
+        served = machine.ledger.find(Standing.SERVED, owners=(worker,))
+        for cookie, kind in zip(served, machine.ledger.column("kind", served), strict=True):
+            found[generation][kind_name(kind), holdings.kept.get(cookie, "")] += 1
     return [
         {
             "generation": generation,
@@ -166,8 +167,8 @@ def _retiring(machine: Machine) -> list[dict[str, Any]]:
     ]
 
 
-def kind_name(entry: Entry) -> str:
-    return entry.kind.name.lower()
+def kind_name(kind: int) -> str:
+    return Kind(kind).name.lower()
 
 
 def _state(worker: Worker, hand: Hand | None) -> str:
@@ -190,7 +191,7 @@ def connection_object(entry: Entry, machine: Machine, listener: str, peer: str |
         "peer": peer,
         "worker": entry.owner,
         "generation": worker.generation if worker else None,
-        "kind": kind_name(entry),
+        "kind": kind_name(entry.kind),
         "state": entry.standing.value,
         "kept": machine.holdings.kept.get(entry.cookie),
     }
@@ -203,24 +204,32 @@ def ledger_object(machine: Machine, listeners: Mapping[int, Listener], only: obj
     *only* is a list of cookies, or anything else for all. How descriptors fare is told for such a choice alone: it
     costs the holder two system calls a row.
     """
-    entries, workers = machine.ledger.entries, machine.holdings.workers
-    chosen = list(entries.values())
-    if type(only) is list:
-        chosen = [entries[cookie] for cookie in only if type(cookie) is int and cookie in entries]
-    columns: dict[str, list[Any]] = {
-        "connection": [entry.cookie for entry in chosen],
-        "listener": [entry.listener for entry in chosen],
-        "worker": [entry.owner for entry in chosen],
-        "generation": [workers[entry.owner].generation if entry.owner in workers else 0 for entry in chosen],
-        "epoch": [entry.epoch for entry in chosen],
-        "state": [entry.standing.value for entry in chosen],
+    ledger, workers = machine.ledger, machine.holdings.workers
+    cookies = list(ledger)
+    former = {
+        listener: descriptor
+        for listener, descriptor in zip(
+            ledger.column("listener", cookies), ledger.column("descriptor", cookies), strict=True
+        )
+        if listener not in listeners
     }
     if type(only) is list:
-        columns["plight"] = [plight_of_descriptor(entry.descriptor, entry.cookie) for entry in chosen]
-    # Connections outlive their listener: where they are must be looked for, too.
-    former = {entry.listener: entry.descriptor for entry in entries.values() if entry.listener not in listeners}
+        cookies = [cookie for cookie in only if type(cookie) is int and cookie in ledger]
+    owners = ledger.column("owner", cookies)
+    columns: dict[str, list[Any]] = {
+        "connection": cookies,
+        "listener": ledger.column("listener", cookies),
+        "worker": owners,
+        "generation": [workers[owner].generation if owner in workers else 0 for owner in owners],
+        "epoch": ledger.column("epoch", cookies),
+        "state": [ledger.standing(cookie).value for cookie in cookies],
+    }
+    if type(only) is list:
+        descriptors = ledger.column("descriptor", cookies)
+        columns["plight"] = list(map(plight_of_descriptor, descriptors, cookies))
     return {
         "listeners": [{"number": number, **_listener_object(listener)} for number, listener in listeners.items()],
+        # Connections outlive their listener: where they are must be looked for, too.
         "former": [place_of_descriptor(descriptor) for descriptor in former.values()],
         "counters": {key: machine.holdings.counters[key] for key in ("accepted", "ended", "expired", "lost")},
         "connections": columns,

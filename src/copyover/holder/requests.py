@@ -160,6 +160,6 @@ class Requests:
         machine, names = self._daemon.machine, self._daemon.listening.names
         rows = [
             report.connection_object(entry, machine, names[entry.listener], peer_of_descriptor(entry.descriptor))
-            for entry in machine.ledger.entries.values()
+            for entry in machine.ledger.entries()
         ]
         return {"connections": rows}

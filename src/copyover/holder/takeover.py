@@ -29,7 +29,7 @@ from copyover.release import Release
 from copyover.sockets import connect_unix
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from copyover.channel import Packet
@@ -53,7 +53,7 @@ class Arrival:
     hello: messages.Hello | None = None
     attach: messages.Attach | None = None
     rows: list[events.Row] = attrs.field(factory=list)
-    tombstones: tuple[int, ...] = ()
+    tombstones: Sequence[int] = ()
     listeners: dict[int, int] = attrs.field(factory=dict)  # descriptors, by number
     is_complete: bool = False
     is_dead: bool = False

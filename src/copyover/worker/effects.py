@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import attrs
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from copyover import messages
 
 
@@ -26,8 +28,8 @@ class Send:
 class Build:
     """Make paused connections of the descriptors that came with the message."""
 
-    cookies: tuple[int, ...]
-    listeners: tuple[int, ...]
+    cookies: Sequence[int]
+    listeners: Sequence[int]
 
 
 @attrs.frozen
@@ -65,7 +67,7 @@ class Export:
 class Restore:
     """Give these their records, or with UNSERVED wake their own; answer with ``restored``."""
 
-    cookies: tuple[int, ...]
+    cookies: Sequence[int]
     records: tuple[messages.Record, ...]
 
 
@@ -73,7 +75,7 @@ class Restore:
 class ImportShared:
     """Give the application the shared states that the cut came with; if it fails, nothing after it is performed."""
 
-    shared: tuple[bytes, ...]
+    shared: Sequence[bytes]
 
 
 @attrs.frozen

@@ -420,7 +420,7 @@ class Runtime:
 
     # ---- the move
 
-    def _build_staged(self, cookies: tuple[int, ...], listeners: tuple[int, ...]) -> None:
+    def _build_staged(self, cookies: Sequence[int], listeners: Sequence[int]) -> None:
         for cookie, listener, descriptor in zip(cookies, listeners, self._incoming, strict=True):
             if listener not in self._names:
                 raise WireError(f"connection {cookie} was staged as one of listener {listener}, which has no name here")
@@ -496,7 +496,7 @@ class Runtime:
             self.send(messages.Failed(reason=f"the incumbent's export_shared: {_sentence(problem)}", status=3))
             return None
 
-    def _import_shared(self, shared: tuple[bytes, ...]) -> None:
+    def _import_shared(self, shared: Sequence[bytes]) -> None:
         try:
             self._host.decode_shared(shared)
         except Exception as problem:  # noqa: BLE001  # whatever the application raises refuses the move
@@ -504,7 +504,7 @@ class Runtime:
             self.send(messages.Failed(reason=f"the replacement's import_shared: {_sentence(problem)}", status=3))
             leave(3)
 
-    def _restore(self, cookies: tuple[int, ...], records: tuple[messages.Record, ...]) -> None:
+    def _restore(self, cookies: Sequence[int], records: tuple[messages.Record, ...]) -> None:
         failures = {}
         seats = self._agent.seats
         for cookie, record in zip(cookies, records, strict=True):
