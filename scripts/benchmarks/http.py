@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -72,8 +73,8 @@ def _compare(where: str, effort: Effort, ours: Served, theirs: Served) -> Iterat
     rounds = [(_round(ours), _round(theirs)) for _ in range(effort.repeats)]
     our, their = zip(*rounds, strict=True)
 
-    def ratio(of: Callable[[_Round], float]) -> list[float]:
-        return [of(mine) / of(other) for mine, other in rounds]
+    def ratio(of: Callable[[_Round], float]) -> tuple[float, ...]:
+        return tuple(of(mine) / of(other) for mine, other in rounds)
 
     note = f"{_median(our, 'rate'):.0f} against {_median(their, 'rate'):.0f} a second"
     yield Figure(f"requests/s against uvicorn, {where}", ratio(lambda found: found.rate), "×", at_least(0.98), note)
@@ -85,7 +86,7 @@ def _compare(where: str, effort: Effort, ours: Served, theirs: Served) -> Iterat
 
 
 def _median(rounds: Sequence[_Round], field: str) -> float:
-    return Figure(field, [getattr(found, field) for found in rounds], "").value
+    return statistics.median(getattr(found, field) for found in rounds)
 
 
 def _round(served: Served) -> _Round:

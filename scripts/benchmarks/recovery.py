@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import statistics
 import time
 
 import attrs
@@ -35,9 +36,9 @@ def measure(effort: Effort) -> Part:
     figures = []
     for loop in servers.LOOPS:
         courses = [_course(loop, count) for _ in range(min(REPEATS, effort.repeats))]
-        beyond = [course.served - course.interpreter for course in courses]
-        starts = Figure("", [course.interpreter for course in courses], "ms").value
-        judged = Figure("", [course.judged for course in courses], "ms").value
+        beyond = tuple(course.served - course.interpreter for course in courses)
+        starts = statistics.median(course.interpreter for course in courses)
+        judged = statistics.median(course.judged for course in courses)
         note = (
             f"the interpreter's start: {starts:.0f} ms; the holder knew what each of them was at after {judged:.0f} ms"
         )
@@ -47,7 +48,7 @@ def measure(effort: Effort) -> Part:
             ),
             Figure(
                 f"a holder after a killed one can reload {count} connections, {loop}",
-                [course.holder for course in courses],
+                tuple(course.holder for course in courses),
                 "ms",
                 note="from `copyover run`, with two starts of an interpreter",
             ),
