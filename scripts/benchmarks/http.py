@@ -86,7 +86,8 @@ def _compare(where: str, effort: Effort, ours: Served, theirs: Served) -> Iterat
 
 
 def _median(rounds: Sequence[_Round], field: str) -> float:
-    return statistics.median(getattr(found, field) for found in rounds)
+    values: list[float] = [getattr(found, field) for found in rounds]
+    return statistics.median(values)
 
 
 def _round(served: Served) -> _Round:
