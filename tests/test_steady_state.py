@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from benchmarks.tracing import CannotTrace, Trace
 
 from clients import Client
-from syscalls import CannotTrace, Trace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from benchmarks import servers
-from benchmarks.figures import Effort, Figure, Part, at_least
+from benchmarks.figures import TIMES, Effort, Figure, Part, at_least
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -77,12 +77,12 @@ def _compare(where: str, effort: Effort, ours: Served, theirs: Served) -> Iterat
         return tuple(of(mine) / of(other) for mine, other in rounds)
 
     note = f"{_median(our, 'rate'):.0f} against {_median(their, 'rate'):.0f} a second"
-    yield Figure(f"requests/s against uvicorn, {where}", ratio(lambda found: found.rate), "×", at_least(0.98), note)
+    yield Figure(f"requests/s against uvicorn, {where}", ratio(lambda found: found.rate), TIMES, at_least(0.98), note)
     note = f"{_median(our, 'p99_ms'):.2f} against {_median(their, 'p99_ms'):.2f} ms"
-    yield Figure(f"p99 against uvicorn, {where}", ratio(lambda found: found.p99_ms), "×", note=note)
+    yield Figure(f"p99 against uvicorn, {where}", ratio(lambda found: found.p99_ms), TIMES, note=note)
     note = f"{_median(our, 'user_us'):.1f} against {_median(their, 'user_us'):.1f} µs of user time"
     note += f", {_median(our, 'cpu_us'):.1f} against {_median(their, 'cpu_us'):.1f} with the kernel's"
-    yield Figure(f"user CPU a request against uvicorn, {where}", ratio(lambda found: found.user_us), "×", note=note)
+    yield Figure(f"user CPU a request against uvicorn, {where}", ratio(lambda found: found.user_us), TIMES, note=note)
 
 
 def _median(rounds: Sequence[_Round], field: str) -> float:

@@ -12,7 +12,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from benchmarks import load, servers
-from benchmarks.figures import Effort, Figure, Part, at_most
+from benchmarks.figures import TIMES, Effort, Figure, Part, at_most
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,11 +54,11 @@ def _copyover(loop: str, count: int) -> Iterator[Figure]:
     transport, streams = (_share_of_peer(kind, loop, count) for kind in ("protocol", "streams"))
     note = f"that has {transport:.0f} B; Streams have {streams:.0f} B"
     name = f"worker, a connection against a transport of {loop}'s with a protocol"
-    yield Figure(name, (worker_share / transport,), "×", note=note)
+    yield Figure(name, (worker_share / transport,), TIMES, note=note)
     highest = max(peak)
     note = f"{highest / MIB:.0f} MiB, a worker {worker_pss / MIB:.0f} MiB; {len(peak)} samples"
     name = f"peak of a reload of {count}, PSS of all, against twice a worker, {loop}"
-    yield Figure(name, (highest / (2 * worker_pss),), "×", note=note)
+    yield Figure(name, (highest / (2 * worker_pss),), TIMES, note=note)
 
 
 @contextlib.contextmanager

@@ -9,16 +9,12 @@ from __future__ import annotations
 import contextlib
 import statistics
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks import load, servers
 from benchmarks.boundaries import slot_costs
-from benchmarks.figures import Effort, Figure, Goal, Part, at_most
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
-
-from syscalls import CannotTrace, Trace  # the tests' own tool
+from benchmarks.figures import TIMES, Effort, Figure, Goal, Part, at_most
+from benchmarks.tracing import CannotTrace, Trace
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -85,12 +81,12 @@ def _requests(effort: Effort, loop: str) -> list[Figure]:
     return [
         Figure(f"CPU a request, {loop}", ours, "µs"),
         Figure(
-            f"CPU a request with slots against without, {loop}", _ratios(ours, costs["no slots"]), "×", at_most(1.05)
+            f"CPU a request with slots against without, {loop}", _ratios(ours, costs["no slots"]), TIMES, at_most(1.05)
         ),
         Figure(
             f"CPU a request against Streams on {loop}",
             _ratios(ours, costs["streams"]),
-            "×",
+            TIMES,
             at_most(0.5) if is_asyncio else None,  # uvloop's are C, and not asyncio's
             f"a transport and a protocol: {_median_ratio(costs, 'protocol')}, a handler on bare epoll: "
             f"{_median_ratio(costs, 'bare')}",
@@ -149,7 +145,7 @@ def _visits(effort: Effort, loop: str) -> list[Figure]:
         Figure(
             f"CPU a short connection against a worker that accepts alone, {loop}",
             _ratios(costs["lends"], costs["alone"]),
-            "×",
+            TIMES,
             goal,
             f"against one without slots, too: {_median_ratio(costs, 'alone, no slots', 'lends')}, against Streams: "
             f"{_median_ratio(costs, 'streams', 'lends')}",
@@ -186,4 +182,4 @@ def _ratios(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, ...]
 
 
 def _median_ratio(costs: dict[str, tuple[float, ...]], other: str, ours: str = "slots") -> str:
-    return f"{statistics.median(_ratios(costs[ours], costs[other])):.2f} ×"
+    return f"{statistics.median(_ratios(costs[ours], costs[other])):.2f} {TIMES}"

@@ -1,4 +1,8 @@
-"""The system calls that a process makes while a block runs, told by strace."""
+"""
+The system calls that a process makes while a block runs, told by strace.
+
+It counts; what they should be is for whoever asks.
+"""
 
 from __future__ import annotations
 
