@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     Change = Callable[[dict[str, Any], int], None]
 
-BOUNDARIES = 50_000
+BOUNDARIES, FEW = 50_000, 1000
 STATES: dict[str, Change] = {
     "empty": lambda *_: None,
     "three keys, unchanged": lambda state, _: state.update(name="somebody", room="hall", seen=1),
@@ -38,18 +38,18 @@ STATES: dict[str, Change] = {
 
 def slot_costs(effort: Effort) -> list[Figure]:
     """Return what a slot costs at each boundary, by the state of the connection."""
-    figures = []
+    figures, turns = [], FEW if effort.is_quick else BOUNDARIES
     for name, change in STATES.items():
         with_slot, without = [], []
         for _ in range(effort.repeats):
-            without.append(asyncio.run(_boundary_us(change, has_slot=False)))
-            with_slot.append(asyncio.run(_boundary_us(change, has_slot=True)))
+            without.append(asyncio.run(_boundary_us(change, turns, has_slot=False)))
+            with_slot.append(asyncio.run(_boundary_us(change, turns, has_slot=True)))
         costs = tuple(saved - plain for saved, plain in zip(with_slot, without, strict=True))
         figures.append(Figure(f"CPU of a slot a boundary, state: {name}", costs, "µs"))
     return figures
 
 
-async def _boundary_us(change: Change, *, has_slot: bool) -> float:
+async def _boundary_us(change: Change, turns: int, *, has_slot: bool) -> float:
     """Return the microseconds of one turn: the state changes, a boundary is passed."""
     loop = asyncio.get_running_loop()
     ours, theirs = socket.socketpair()
@@ -66,10 +66,10 @@ async def _boundary_us(change: Change, *, has_slot: bool) -> float:
         if has_slot:
             connection.slot = book.take(1, 0, Record())
         start_ns = time.process_time_ns()
-        for turn in range(BOUNDARIES):
+        for turn in range(turns):
             change(connection.state, turn)
             await connection.boundary()
-        return (time.process_time_ns() - start_ns) / BOUNDARIES / 1000
+        return (time.process_time_ns() - start_ns) / turns / 1000
 
 
 async def _nobody(_: Connection[dict[str, Any]]) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 TITLE = "Steady state: what a request costs"
 CONNECTIONS = 32
 TRACED_CONNECTIONS, TRACED_REQUESTS = 10, 500
-VISITS = 3000
+VISITS, FEW_VISITS = 3000, 200
 
 
 def measure(effort: Effort) -> Part:
@@ -128,20 +128,28 @@ def _visits(effort: Effort, loop: str) -> list[Figure]:
         "alone, no slots": servers.worker_alone(loop=loop, slot_bytes=0),
         "streams": servers.peer("streams", loop),
     }
-    visits = 200 if effort.is_quick else VISITS
+    visits = FEW_VISITS if effort.is_quick else VISITS
+    of_holder = []
     with contextlib.ExitStack() as running:
         crowds = _crowds(running, makers, 0)
 
         def visit(served: Served, clients: load.Clients) -> float:
             pids = [pid for pid in (served.worker, served.holder) if pid is not None]
-            before_ns = sum(map(servers.cpu_ns, pids))
+            before_ns = [servers.cpu_ns(pid) for pid in pids]
             clients.visit(visits)
-            return (sum(map(servers.cpu_ns, pids)) - before_ns) / visits / 1000
+            used_us = [(servers.cpu_ns(pid) - was) / visits / 1000 for pid, was in zip(pids, before_ns, strict=True)]
+            of_holder.extend(used_us[1:])
+            return sum(used_us)
 
         costs = _interleaved(effort, crowds, visit)
     goal: Goal | None = at_most(1.10) if loop == "asyncio" else None
     return [
-        Figure(f"CPU a short connection, holder and worker, {loop}", costs["lends"], "µs"),
+        Figure(
+            f"CPU a short connection, holder and worker, {loop}",
+            costs["lends"],
+            "µs",
+            note=f"of that the holder: {statistics.median(of_holder):.1f} µs",
+        ),
         Figure(
             f"CPU a short connection against a worker that accepts alone, {loop}",
             _ratios(costs["lends"], costs["alone"]),
