@@ -37,6 +37,7 @@ PURE = {
     "undoing",
     "reload",
     "slots",
+    "limits",
     "uvicorn_options",
     "holder.verdict",
     "succession",
@@ -75,7 +76,8 @@ ROOMS: dict[str, set[str]] = {
     },
     # ---- the holder
     "users": {"errors"},
-    "process": {"errors", "users"},
+    "limits": set(),
+    "process": {"errors", "limits", "users"},
     "listeners": {"errors", "sockets"},
     "uvicorn_options": set(),
     "config": {"errors", "listeners", "slots", "uvicorn_options"},
@@ -86,6 +88,7 @@ ROOMS: dict[str, set[str]] = {
     "holder.verdict": {"messages", "slots"},
     "holder.recovery": {"errors", "holder.verdict", "messages", "slots", "sockets"},
     "holder.listening": {"listeners", "sockets", "succession"},
+    "holder.capacity": {"config", "directory", "errors", "limits", "listeners", "process", "slots"},
     "holder.hand": {
         *("", "channel", "directory", "errors", "listeners", "messages", "process", "release", "sockets"),
         *("succession", "users", "wire", "holder.recovery"),
@@ -110,21 +113,21 @@ ROOMS: dict[str, set[str]] = {
     },
     "holder.daemon": {
         *("change", "channel", "config", "directory", "errors", "events", "process", "reload", "release", "sockets"),
-        *("users", "holder.chronicle", "holder.control", "holder.crew", "holder.dump", "holder.hand", "holder.health"),
-        *("holder.listening", "holder.loop", "holder.report"),
+        *("users", "holder.capacity", "holder.chronicle", "holder.control", "holder.crew", "holder.dump"),
+        *("holder.hand", "holder.health", "holder.listening", "holder.loop", "holder.report"),
     },
     "holder.upgrade": {
         *("", "change", "channel", "errors", "process", "succession"),
-        *("holder.crew", "holder.daemon", "holder.hand", "holder.listening", "holder.report"),
+        *("holder.capacity", "holder.crew", "holder.daemon", "holder.hand", "holder.listening", "holder.report"),
     },
     "holder.requests": {
         *("", "change", "config", "errors", "events", "sockets"),
         *("holder.daemon", "holder.report", "holder.upgrade"),
     },
     "holder.__main__": {
-        *("config", "directory", "errors", "events", "process", "reload", "users"),
-        *("holder.control", "holder.daemon", "holder.listening", "holder.requests", "holder.takeover"),
-        "holder.upgrade",
+        *("config", "directory", "errors", "events", "reload", "users"),
+        *("holder.capacity", "holder.control", "holder.daemon", "holder.listening", "holder.requests"),
+        *("holder.takeover", "holder.upgrade"),
     },
     # ---- the worker
     "": {"errors", "worker.application", "worker.connection"},  # for type checkers; loaded at first use

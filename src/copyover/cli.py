@@ -59,6 +59,7 @@ def main() -> None:
 @click.option("--port", type=click.IntRange(0, 65535), help="Listen on this port, 0: any; default 8000.")
 @click.option("--uds", metavar="PATH", help="Listen on this unix socket.")
 @click.option("--workers", type=int, help="Interpreters of a generation; default 1.")
+@click.option("--connections", type=int, help="Refuse to start where the limits do not hold so many at a time.")
 @click.option("--python", help="The release's interpreter; default CHDIR/.venv/bin/python, else this one.")
 @click.option("--chdir", help="The release's directory; a symlink is followed anew at each reload.")
 @click.option("--app-dir", help="Where modules are imported from, relative to CHDIR.")

@@ -112,6 +112,11 @@ class Config:
     message_bytes: int = _key("the longest message of messages() and read_exactly()", default=1 << 20, validator=ge(1))
     unsent_bytes: int = _key("what may be unsent before a client is aborted", default=16 << 20, validator=ge(1))
     record_bytes: int = _key("the largest record that travels", default=32 << 20, validator=ge(1))
+    connections: int | None = _key(
+        "live connections that the limits of this machine must hold; else run and reload are refused",
+        default=None,
+        validator=optional(ge(1)),
+    )
     worker_connections: int | None = _key(
         "live connections at which a worker stops accepting; else the holder's own limit",
         default=None,

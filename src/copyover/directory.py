@@ -183,6 +183,15 @@ def read_key(directory: Directory) -> str:
         return ""
 
 
+def room_bytes(directory: Directory) -> int | None:
+    """Return what files of slots may take there, those of living workers included; None without a limit."""
+    found = os.statvfs(directory.path)
+    if found.f_blocks == 0:  # a tmpfs of any size. tmpfs(5)
+        return None
+    taken = sum(path.stat().st_blocks * 512 for path in directory.path.glob("worker-*"))
+    return found.f_bavail * found.f_frsize + taken
+
+
 def registered(directory: Directory) -> dict[Path, int]:
     """
     Return the files of all workers that were ever registered and not buried, each with its worker's pid; 0 is dead.

@@ -43,6 +43,7 @@ class Address:
     mode: int | None = None
     group: str | None = None
     on_crash: str | None = None  # None: as the configuration says
+    is_shared: bool = False  # other holders may listen there, too
 
 
 @attrs.frozen
@@ -69,7 +70,7 @@ def parse(text: str) -> Address:
     """
     Read ``[NAME=]tcp://HOST:PORT``, ``unix:///path?mode=0660&group=NAME``, or a bare ``HOST:PORT``.
 
-    All take ``?on_crash=reset`` or ``resume``.
+    All take ``?on_crash=reset`` or ``resume``, those of TCP ``reuse_port=1``.
 
     Raises:
         BadAddress: it is none of these.
@@ -92,8 +93,11 @@ def parse(text: str) -> Address:
     rest = parts.path or parts.fragment or parts.username
     if not parts.hostname or port is None or rest:
         raise BadAddress(f"{text!r} is no address; write HOST:PORT, tcp://[::1]:PORT or unix:///path")
-    options = _options(text, parts.query, ("on_crash",))
-    return Address(name, host=parts.hostname, port=port, on_crash=options.get("on_crash"))
+    options = _options(text, parts.query, ("on_crash", "reuse_port"))
+    if options.get("reuse_port", "1") not in ("0", "1"):
+        raise BadAddress(f"reuse_port of {text!r} is neither 0 nor 1")
+    is_shared = options.get("reuse_port") == "1"
+    return Address(name, host=parts.hostname, port=port, on_crash=options.get("on_crash"), is_shared=is_shared)
 
 
 def _options(url: str, query: str, known: tuple[str, ...]) -> dict[str, str]:
@@ -143,6 +147,8 @@ def bind(address: Address, *, is_successor: bool = False) -> Listener:
     sock = socket.socket(family, kind, protocol)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if address.is_shared:  # each of them has to say so before it binds, and be of one user. socket(7)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind(where)

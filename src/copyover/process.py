@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from copyover.errors import PermissionRefused, PythonNotFound
+from copyover.limits import MOST_DESCRIPTORS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -170,7 +171,7 @@ def reap_orphans() -> None:
 
 def descriptor_limit() -> int:
     """Return how many descriptors this process, and a worker of it, may have."""
-    return min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 1 << 20)
+    return min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], MOST_DESCRIPTORS)
 
 
 def raise_descriptor_limit() -> int:
@@ -181,7 +182,7 @@ def raise_descriptor_limit() -> int:
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    limit = min(hard, 1 << 20)
+    limit = min(hard, MOST_DESCRIPTORS)
     null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
     os.close(fcntl.fcntl(null, fcntl.F_DUPFD_CLOEXEC, limit - 1))
     os.close(null)

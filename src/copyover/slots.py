@@ -68,6 +68,11 @@ def shape(slot_bytes: int, slots: int, *, worker: int, generation: int) -> Heade
     return Header(rounded, min(slots, MOST_SLOTS) if rounded else 0, worker, generation)
 
 
+def least_bytes(slot_bytes: int) -> int:
+    """Return what a slot takes as soon as it is written: all of a small one, two pages of others."""
+    return min(slot_bytes, 2 * PAGE_BYTES)
+
+
 def read_header(page: bytes) -> Header:
     """
     Read the first bytes of a file.

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from copyover import config as configs
 from copyover import directory as directories
-from copyover import events, process, users
+from copyover import events, users
 from copyover.errors import CopyoverError, HolderExists, UsageError
-from copyover.holder import control, takeover, upgrade
-from copyover.holder.daemon import ENDING_SIGNALS, Daemon, capacity_for
+from copyover.holder import capacity, control, takeover, upgrade
+from copyover.holder.daemon import ENDING_SIGNALS, Daemon
 from copyover.holder.listening import Listening
 from copyover.holder.requests import Requests
 from copyover.reload import Machine
@@ -72,7 +72,8 @@ def _boot(told: dict[str, Any], listening: Listening) -> tuple[Daemon, Callable[
     group = None if config.control_group is None else users.group_id(config.control_group, key="control_group")
     directories.prepare(directory, is_shared=user is not None or group is not None)
     lock = _take_lock(directory, config.name)
-    machine = Machine(capacity_for(process.raise_descriptor_limit()))
+    machine = Machine(capacity.take())
+    capacity.check(config, directory)
     left = takeover.gather(directory, user)
     if left is None:
         listening.begin(config.addresses)

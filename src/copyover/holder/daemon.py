@@ -22,7 +22,7 @@ from copyover import events, process
 from copyover.change import Phase
 from copyover.channel import close_all
 from copyover.errors import CopyoverError, IllegalEvent, UsageError
-from copyover.holder import control, dump, report
+from copyover.holder import capacity, control, dump, report
 from copyover.holder.chronicle import Chronicle
 from copyover.holder.crew import Crew, Generation
 from copyover.holder.hand import environment, notify
@@ -49,14 +49,6 @@ PROGRESS_S = 0.05
 LISTENERS_S = 0.25  # how often the backlog of a removed listener is looked at
 # Their default action is to end the process. signal(7)
 ENDING_SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-RESERVED_DESCRIPTORS = 1024  # listeners, channels, callers, and lends under way when the holder is full
-
-
-def capacity_for(descriptor_limit: int) -> int:
-    """Return how many connections can be kept: each is a descriptor here, and for a moment another in a channel."""
-    capacity = descriptor_limit - min(RESERVED_DESCRIPTORS, descriptor_limit // 2)
-    log.info("event=limits descriptors=%d connections=%d", descriptor_limit, capacity)
-    return capacity
 
 
 class Daemon:
@@ -246,6 +238,7 @@ class Daemon:
             try:
                 config = attrs.evolve(pinned.config if pinned else self._read_settings(), **(wishes or {}))
                 release = pinned.release if pinned else pin(config)
+                capacity.check(config, self._directory)
                 referenced = set(self.machine.ledger.column("listener", self.machine.ledger))
                 self.listening.propose(generation, config.addresses, referenced)
             except CopyoverError as problem:

@@ -25,9 +25,9 @@ import copyover
 from copyover import channel, process, succession
 from copyover.change import Phase
 from copyover.errors import CopyoverError, PythonNotFound
-from copyover.holder import report
+from copyover.holder import capacity, report
 from copyover.holder.crew import Generation
-from copyover.holder.daemon import Daemon, capacity_for
+from copyover.holder.daemon import Daemon
 from copyover.holder.hand import Tail, notify
 
 if TYPE_CHECKING:
@@ -288,7 +288,7 @@ def resume(memfd: int, listening: Listening) -> tuple[Daemon, Callable[[], None]
     for descriptor in estate.descriptors():
         os.set_inheritable(descriptor, False)
     listening.inherit(estate.listening)
-    machine = succession.revive(estate.held, capacity_for(process.raise_descriptor_limit()))
+    machine = succession.revive(estate.held, capacity.take())
     daemon = Daemon(
         estate.told,
         dict(estate.generations)[machine.holdings.generation].config,

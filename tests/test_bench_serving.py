@@ -1,0 +1,56 @@
+"""scripts/bench: the parts that look at a server while it serves and after a death. Their figures fail nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+BENCH = Path(__file__).parent.parent / "scripts" / "bench"
+DEADLINE_S = 180.0
+LOOPS = ("asyncio", "uvloop")
+
+
+def measured(directory: Path, *parts: str, path: str | None = None) -> dict[str, dict[str, Any]]:
+    """Run the parts with small numbers, and return what they found, by name."""
+    places = ["--json", str(directory / "b.json"), "--charts", str(directory)]
+    done = subprocess.run(
+        [sys.executable, str(BENCH), "--quick", "--repeats", "1", "--only", *parts, *places],
+        env=os.environ if path is None else {**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads((directory / "b.json").read_text(encoding="utf-8"))
+    return {part["name"]: part for part in told["parts"]}
+
+
+def names(part: dict[str, Any]) -> set[str]:
+    return {figure["name"] for figure in part["figures"]}
+
+
+def test_what_a_request_a_connection_and_a_death_cost_is_measured_on_each_loop(tmp_path: Path) -> None:
+    """With clients that compare each answer, servers side by side, and a worker and a holder that are killed."""
+    found = measured(tmp_path, "steady", "memory", "recovery")
+    assert all(not part["skipped"] for part in found.values())
+    for loop in LOOPS:
+        assert {
+            f"CPU a request with slots against without, {loop}",
+            f"CPU a request against Streams on {loop}",
+            f"CPU a short connection against a worker that accepts alone, {loop}",
+        } <= names(found["steady"])
+        assert {f"holder, a connection, {loop}", f"worker, a connection, {loop}"} <= names(found["memory"])
+        assert {
+            f"60 connections of a killed worker served again, {loop}",
+            f"a holder after a killed one can reload 60 connections, {loop}",
+        } <= names(found["recovery"])
+
+
+def test_without_its_tools_a_part_says_so(tmp_path: Path) -> None:
+    """No wrk: nothing is measured, and the exit status is 0."""
+    assert "there is no wrk here" in measured(tmp_path, "http", path=str(tmp_path))["http"]["skipped"]
