@@ -6,8 +6,10 @@ import json
 import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree as ET
@@ -16,6 +18,8 @@ import attrs
 import pytest
 from benchmarks import charts, readme, report
 from benchmarks.figures import Figure, Goal, Part, Series, at_least, at_most
+from benchmarks.running import Crowd
+from demo_running import DemoError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -173,6 +177,22 @@ def test_the_readme_gets_the_table_between_its_marks(run: Run) -> None:
 def test_the_chart_has_a_point_for_each_measurement(run: Run) -> None:
     """Two loops, two moves, one number of connections."""
     assert len(ET.parse(run.svg).getroot().findall(f".//{SVG}circle")) == 4
+
+
+def test_a_wrong_answer_is_no_measurement(capfd: pytest.CaptureFixture[str]) -> None:
+    """The clients compare every answer: one byte that differs ends them, and with them the run."""
+
+    def answer_wrongly() -> None:
+        with listener.accept()[0] as client:
+            client.sendall(client.recv(1000).replace(b"request", b"requesT"))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = threading.Thread(target=answer_wrongly)
+        server.start()
+        with pytest.raises(DemoError, match="went away"):
+            Crowd(listener.getsockname(), connections=1)
+        server.join(DEADLINE_S)
+    assert "got b'requesT 1 of connection" in capfd.readouterr().err
 
 
 # ---- what is drawn and written
