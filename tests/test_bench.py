@@ -17,7 +17,7 @@ from xml.etree import ElementTree as ET
 import attrs
 import pytest
 from benchmarks import charts, readme, report
-from benchmarks.figures import Figure, Goal, Part, Series, at_least, at_most
+from benchmarks.figures import THOROUGH, Figure, Goal, Part, Series, at_least, at_most
 from benchmarks.running import Crowd
 from demo_running import DemoError
 
@@ -97,6 +97,13 @@ def test_a_figure_that_nobody_measured_is_none() -> None:
     """No values would be a figure out of nothing."""
     with pytest.raises(ValueError, match="values"):
         Figure("any", (), "ms")
+
+
+def test_no_more_connections_than_a_process_can_hold() -> None:
+    """Where descriptors are few, less is measured instead of nothing; 20 000 are enough for all of it."""
+    assert attrs.evolve(THOROUGH.within(20_000), room=THOROUGH.room) == THOROUGH
+    assert THOROUGH.within(6200).connections == (100, 1000, 5000)
+    assert THOROUGH.within(1900).linear == (800,)
 
 
 @pytest.mark.parametrize(

@@ -80,17 +80,18 @@ def _per_connection(name: str, found: dict[int, tuple[float, ...]]) -> Iterator[
     for count, values in found.items():
         goal = GOAL if count >= LINEAR_FROM else None  # below, what a reload costs by itself is most of it
         yield Figure(f"{count} connections, {name}: a connection", values, "µs", goal)
-    spread = tuple(max(costs) / min(costs) for costs in zip(*found.values(), strict=True))
-    note = f"the dearest against the cheapest of {min(found)} to {max(found)}"
-    goal = LINEAR_GOAL if min(found) >= LINEAR_FROM else None
-    yield Figure(f"{name}: linear within", spread, TIMES, goal, note)
+    if len(found) > 1:
+        spread = tuple(max(costs) / min(costs) for costs in zip(*found.values(), strict=True))
+        note = f"the dearest against the cheapest of {min(found)} to {max(found)}"
+        goal = LINEAR_GOAL if min(found) >= LINEAR_FROM else None
+        yield Figure(f"{name}: linear within", spread, TIMES, goal, note)
 
 
 def _beside_pgbouncer(effort: Effort) -> tuple[list[Figure], str]:
     program = pgbouncer.find()
     if program is None:
         return [], "no pgbouncer here: its takeover is not measured beside"
-    sessions = QUICK_SESSIONS if effort.is_quick else PGBOUNCER_SESSIONS
+    sessions = min(QUICK_SESSIONS if effort.is_quick else PGBOUNCER_SESSIONS, effort.room)
     spent_us = pgbouncer.measure_takeovers(program, sessions, effort.repeats)
     note = f"{sessions} idle sessions, from SUSPEND to serving; it waits for transactions to end first"
     return [Figure("PgBouncer's takeover: a session", spent_us, "µs", note=note)], ""
