@@ -6,8 +6,10 @@ import json
 import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree as ET
@@ -15,7 +17,9 @@ from xml.etree import ElementTree as ET
 import attrs
 import pytest
 from benchmarks import charts, readme, report
-from benchmarks.figures import Figure, Goal, Part, Series, at_least, at_most
+from benchmarks.figures import THOROUGH, Figure, Goal, Part, Series, at_least, at_most
+from benchmarks.running import Crowd
+from demo_running import DemoError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -93,6 +97,13 @@ def test_a_figure_that_nobody_measured_is_none() -> None:
     """No values would be a figure out of nothing."""
     with pytest.raises(ValueError, match="values"):
         Figure("any", (), "ms")
+
+
+def test_no_more_connections_than_a_process_can_hold() -> None:
+    """Where descriptors are few, less is measured instead of nothing; 20 000 are enough for all of it."""
+    assert attrs.evolve(THOROUGH.within(20_000), room=THOROUGH.room) == THOROUGH
+    assert THOROUGH.within(6200).connections == (100, 1000, 5000)
+    assert THOROUGH.within(1900).linear == (800,)
 
 
 @pytest.mark.parametrize(
@@ -173,6 +184,22 @@ def test_the_readme_gets_the_table_between_its_marks(run: Run) -> None:
 def test_the_chart_has_a_point_for_each_measurement(run: Run) -> None:
     """Two loops, two moves, one number of connections."""
     assert len(ET.parse(run.svg).getroot().findall(f".//{SVG}circle")) == 4
+
+
+def test_a_wrong_answer_is_no_measurement(capfd: pytest.CaptureFixture[str]) -> None:
+    """The clients compare every answer: one byte that differs ends them, and with them the run."""
+
+    def answer_wrongly() -> None:
+        with listener.accept()[0] as client:
+            client.sendall(client.recv(1000).replace(b"request", b"requesT"))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = threading.Thread(target=answer_wrongly)
+        server.start()
+        with pytest.raises(DemoError, match="went away"):
+            Crowd(listener.getsockname(), connections=1)
+        server.join(DEADLINE_S)
+    assert "got b'requesT 1 of connection" in capfd.readouterr().err
 
 
 # ---- what is drawn and written

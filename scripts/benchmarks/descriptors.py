@@ -39,7 +39,7 @@ _PROCESSES = multiprocessing.get_context("fork")
 
 
 def measure(effort: Effort) -> Part:
-    count = QUICK_MOST if effort.is_quick else MOST
+    count = min(QUICK_MOST if effort.is_quick else MOST, effort.room)
     cc = shutil.which("cc")
     ways: dict[str, Callable[[], float]] = {
         "ours": lambda: _through_channel(count, as_records=False),

@@ -14,6 +14,7 @@ import attrs
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+SPARE = 1100  # descriptors that a holder keeps for itself, and some for a reload
 TIMES = "\N{MULTIPLICATION SIGN}"  # the unit of ratios
 
 
@@ -86,11 +87,21 @@ class Effort:
     linear: tuple[int, ...]  # the numbers of connections over which a cost should be the same for each
     seconds: float  # of load, for what is measured under load
     is_quick: bool
+    room: int = 18_900  # connections that one process here can hold
 
     @property
     def most(self) -> int:
         """How many connections the largest measurement has."""
         return max(self.connections)
+
+    def within(self, descriptors: int) -> Effort:
+        """Return what of this is possible with so many descriptors a process: clients spread, a holder cannot."""
+        room = max(descriptors - SPARE, 1)
+
+        def fitting(counts: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(count for count in counts if count <= room) or (room,)
+
+        return attrs.evolve(self, room=room, connections=fitting(self.connections), linear=fitting(self.linear))
 
 
 THOROUGH = Effort(

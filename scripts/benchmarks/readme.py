@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.report import VERDICTS, shown, spread
+from benchmarks.report import VERDICTS, machine_text, shown, spread
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,9 +21,8 @@ BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
 
 def markdown(parts: Sequence[Part], facts: dict[str, Any], command: str) -> str:
     """Return what stands between the marks."""
-    where = f"{facts['cores']} cores ({facts['processor']}), {facts['kernel']}, {facts['python']}"
     lines = [
-        f"Measured on {facts['at'][:10]} by `{command}`: {where}.",
+        f"Measured on {facts['at'][:10]} by `{command}`: {machine_text(facts)}.",
         "Medians, and the least and the most of the repeats.",
         "",
         "| figure | median | spread | goal | |",

@@ -75,6 +75,10 @@ def machine() -> dict[str, Any]:
     }
 
 
+def machine_text(facts: dict[str, Any]) -> str:
+    return f"{facts['cores']} cores ({facts['processor']}), {facts['kernel']}, {facts['python']}"
+
+
 def _processor() -> str:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

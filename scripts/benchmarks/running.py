@@ -89,7 +89,11 @@ class Crowd:
             plan = {"host": address[0], "port": address[1], "connections": end - first, "seed": first}
             command = [sys.executable, "-P", str(_CLIENTS), json.dumps(plan | {"rate": rate / processes})]
             self._children.append(Child(command))
-        self._answers()
+        try:
+            self._answers()
+        except BaseException:
+            self._end()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -97,6 +101,9 @@ class Crowd:
     def __exit__(
         self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._end()
+
+    def _end(self) -> None:
         for child in self._children:
             child.end()
 
