@@ -439,8 +439,22 @@ def test_a_cut_is_entered_together_with_the_shared_state_first() -> None:
     found = agent.handle(messages.Enter(cut=False))
     assert one(found, effects.Serve).cookies == (2,)
     found = agent.handle(messages.Enter(cut=True, shared=(b"s",)))
-    assert [type(effect) for effect in found] == [effects.ImportShared, effects.Send, effects.Serve]
-    assert one(found, effects.Serve) == effects.Serve((1,), is_cut=True)
+    assert found == [effects.ImportShared((b"s",)), effects.Serve((1,), is_cut=True)]
+
+
+def test_a_cut_is_adopted_when_all_of_it_are_in() -> None:
+    """The pause of each ends there; until then it can be given back or end, and is not adopted then."""
+    agent = staged(1, 2, 3)
+    agent.handle(thaw(1, 2, 3, flags=RecordFlag.CUT, halted_ns=1_000_000))
+    agent.handle(messages.Enter(cut=True), 2_000_000)
+    assert set(standings(agent).values()) == {Standing.THAWED}
+    agent.ended({2: messages.How.CLOSED})
+    export = one(agent.handle(freeze(3, epoch=1)), effects.Export)
+    agent.exported(export, records_of(3), {})
+    adopted = messages.Adopted(cookie=(1,), epoch=(1,), pause_us=(5000,))
+    assert agent.entered([1, 2, 3], 6_000_000) == [effects.Send(adopted)]
+    assert standings(agent) == {1: Standing.SERVING, 3: Standing.FROZEN}
+    assert agent.entered([1, 2, 3], 7_000_000) == []
 
 
 def test_a_pause_never_overflows_and_never_is_negative() -> None:

@@ -15,7 +15,7 @@ from copyover.worker.served import Course, Limits, Served
 from copyover.worker.transport import Phase, Transport
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 EVERY = 10_000
 
@@ -76,6 +76,7 @@ class House:
     def __init__(self, loop: Clock, *, at_once: int = EVERY, rate: float = 0.0) -> None:
         self.loop = loop
         self.entered: list[int] = []
+        self.all_in: list[list[int]] = []  # the cuts, with those of each that are still here
         self.arrives_at_once = False
         self.entrance = Entrance(loop, self._enter, at_once=at_once, rate=rate)
         self._sockets: list[socket.socket] = []
@@ -101,7 +102,11 @@ class House:
         return made
 
     def admit(self, guests: list[Guest], *, is_cut: bool = False) -> None:
-        self.entrance.admit(guests, is_cut=is_cut)
+        self.entrance.admit(guests, self._all_are_in if is_cut else None)
+
+    def _all_are_in(self, here: Sequence[Served]) -> None:
+        assert not any(isinstance(guest, Guest) and guest.read for guest in here), "read before all were in"
+        self.all_in.append([guest.cookie for guest in here])
 
     def close(self) -> None:
         for each in self._sockets:
@@ -341,6 +346,7 @@ def test_who_was_frozen_before_it_was_entered(house: Build, loop: Clock) -> None
     assert here.entered == [1]
     assert [each.read for each in guests] == [b"input", b""]
     assert guests[1].course is Course.HALTED
+    assert here.all_in == [[1]]
 
 
 def test_who_was_frozen_after_it_arrived(house: Build, loop: Clock) -> None:
@@ -369,3 +375,17 @@ def test_who_closes_while_it_is_entered(house: Build, loop: Clock) -> None:
     loop.settle()
     assert guests[1].read == b"input"
     assert guests[0].transport.phase is not Phase.OPEN
+    assert here.all_in == [[1, 2]]
+
+
+def test_who_is_in_is_not_entered_again(house: Build, loop: Clock) -> None:
+    """A new holder may say it a second time: its handler runs already."""
+    here = house(at_once=1)
+    guests = here.guests(2)
+    here.admit(guests, is_cut=True)
+    here.admit(guests, is_cut=True)
+    for guest in guests:
+        guest.arrive()
+        loop.settle()
+    assert here.entered == [1, 2]
+    assert [guest.read for guest in guests] == [b"input", b"input"]

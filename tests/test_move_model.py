@@ -39,6 +39,7 @@ MOST_CONNECTIONS = 4
 MOST_RELOADS = 3
 MOST_KILLS = 2
 MOST_PUSHES = 12
+ALL_ARE_IN = "all are in"  # the moment at which the last of a cut has been entered
 
 
 class Course(enum.Enum):
@@ -108,6 +109,7 @@ class Process:
         self.inbox: collections.deque[Packet] = collections.deque()
         self.outbox: collections.deque[Packet] = collections.deque()
         self.timers: list[str] = []
+        self.cut: tuple[int, ...] = ()  # what is being entered
         self.adopted: set[tuple[int, int]] = set()
         self.departed: set[int] = set()  # frozen here: who pushes to them here pushes to somebody else's
         self.is_started = False
@@ -162,9 +164,12 @@ class Process:
                 self.restore(cookies, records)
             case effects.ImportShared():
                 self.has_shared = True
-            case effects.Serve(cookies):
-                for cookie in cookies:
-                    self.enter(cookie)
+            case effects.Serve(cookies, is_cut):
+                if is_cut:
+                    self.cut += cookies
+                    self.timers.append(ALL_ARE_IN)
+                else:
+                    self.enter_all(cookies)
             case effects.Deliver(cookies, acts, pushed):
                 for cookie, act, data in zip(cookies, acts, pushed, strict=True):
                     if act == messages.Act.CLOSE:
@@ -211,6 +216,7 @@ class Process:
         local = self.locals[cookie]
         local.course = Course.INERT
         self.departed.add(cookie)
+        self.cut = tuple([one for one in self.cut if one != cookie])
         return attrs.evolve(self.record_of(local), flags=flags, halted_ns=500)
 
     def record_of(self, local: Local) -> messages.Record:
@@ -221,13 +227,25 @@ class Process:
         failures = {}
         for cookie, record in zip(cookies, records, strict=True):
             if record.flags & messages.RecordFlag.UNSERVED:
-                assert self.locals[cookie].has_coroutine, "told to go on with a coroutine that never was"
+                local = self.locals[cookie]  # without a coroutine it is entered, with the record that it had
+                assert local.has_coroutine or local.version >= 0, "told to go on with what it never had"
             elif (self.number, cookie) in self.world.cannot_restore:
                 failures[cookie] = "cannot read it"
             else:
                 version = int.from_bytes(record.state, "little", signed=True)
                 self.locals[cookie] = Local(version, messages.Kind(record.kind), output=list(record.unsent))
         self.perform(self.agent.restored(failures))
+
+    def enter_cut(self) -> None:
+        """The last of them has reached its top's boundary; those that are not here any more are somebody else's."""
+        here = [cookie for cookie in self.cut if cookie in self.locals]
+        self.cut = ()
+        self.perform(self.agent.entered(here, 1_000))
+        self.enter_all(here)
+
+    def enter_all(self, cookies: Iterable[int]) -> None:
+        for cookie in cookies:
+            self.enter(cookie)
 
     def enter(self, cookie: int) -> None:
         assert (cookie, self.agent.seats[cookie].epoch) in self.adopted, "served before adopted was queued"
@@ -311,12 +329,16 @@ class Process:
 
     def fire(self, name: str) -> None:
         self.timers.remove(name)
-        self.perform(self.agent.timer(name))
+        if name == ALL_ARE_IN:
+            self.enter_cut()
+        else:
+            self.perform(self.agent.timer(name))
 
     def report(self) -> list[Packet]:
         """Tell a new holder everything."""
         records = {}
         for cookie in self.agent.waiting():
+            self.cut = tuple([one for one in self.cut if one != cookie])  # its record is taken
             records[cookie] = attrs.evolve(self.record_of(self.locals[cookie]), halted_ns=500)
         told = self.agent.recalled(records, dict.fromkeys(self.locals, 0))
         return [packed(effect.message, effect.cookies) for effect in told if isinstance(effect, effects.Send)]

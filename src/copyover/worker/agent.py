@@ -71,6 +71,7 @@ class Seat:
     batch: int = 0
     is_cut: bool = False
     halted_ns: int = 0
+    is_entering: bool = False  # thawed, and let in; not all of its cut are in yet
     was_ceded: bool = False  # if it came back nobody else can serve it: it stays
 
 
@@ -142,6 +143,8 @@ class Agent:
     def ended(self, hows: Mapping[int, messages.How]) -> list[Effect]:
         """Tell the holder which connections ended; to a freeze under way this is the answer."""
         ended = [(cookie, self.seats.pop(cookie), how) for cookie, how in hows.items() if cookie in self.seats]
+        for cookie, _, _ in ended:
+            self._thawed.pop(cookie, None)
         if self._is_moving:
             self._tombstones.update(cookie for cookie, _, _ in ended)
         effects: list[Effect] = [
@@ -425,7 +428,7 @@ class Agent:
             seats.append(seat)
         for seat, epoch, record in zip(seats, message.epoch, records, strict=True):
             seat.standing, seat.epoch, seat.halted_ns = Standing.THAWED, epoch, record.halted_ns
-            seat.is_cut = bool(record.flags & messages.RecordFlag.CUT)
+            seat.is_cut, seat.is_entering = bool(record.flags & messages.RecordFlag.CUT), False
             if not record.flags & messages.RecordFlag.UNSERVED:
                 seat.kind = _KINDS[record.kind]
         self._thawed.update(zip(message.cookie, seats, strict=True))
@@ -441,17 +444,33 @@ class Agent:
         return [*effects, Discard(tuple(failures))]
 
     def _enter(self, message: messages.Enter, now_ns: int) -> list[Effect]:
-        thawed = [(cookie, seat) for cookie, seat in self._thawed.items() if seat.is_cut == message.cut]
+        seats = {
+            cookie: seat for cookie, seat in self._thawed.items() if seat.is_cut == message.cut and not seat.is_entering
+        }
+        cookies = tuple(seats)
         effects: list[Effect] = [ImportShared(message.shared)] if message.shared else []
-        for chunk in _chunks(thawed, messages.MAX_ROWS):
-            pauses = [min(max(now_ns - seat.halted_ns, 0) // 1000, 0xFFFFFFFF) for _, seat in chunk]
-            epochs = [seat.epoch for _, seat in chunk]
-            cookies = tuple([cookie for cookie, _ in chunk])
-            effects.append(Send(messages.Adopted(cookie=cookies, epoch=tuple(epochs), pause_us=tuple(pauses))))
-        for _, seat in thawed:
+        if message.cut:
+            for seat in seats.values():
+                seat.is_entering = True
+        else:
+            effects += self.entered(cookies, now_ns)
+        return [*effects, Serve(cookies, message.cut)]
+
+    def entered(self, cookies: Iterable[int], now_ns: int) -> list[Effect]:
+        """Say of these that they are served; before the first byte of any is read or written."""
+        rows = [(cookie, seat) for cookie in cookies if (seat := self._thawed.pop(cookie, None)) is not None]
+        for _, seat in rows:
             seat.standing = Standing.SERVING
-        self._thawed = {cookie: seat for cookie, seat in self._thawed.items() if seat.is_cut != message.cut}
-        return [*effects, Serve(tuple([cookie for cookie, _ in thawed]), message.cut)]
+        return [
+            Send(
+                messages.Adopted(
+                    cookie=tuple([cookie for cookie, _ in chunk]),
+                    epoch=tuple([seat.epoch for _, seat in chunk]),
+                    pause_us=tuple([min(max(now_ns - seat.halted_ns, 0) // 1000, 0xFFFFFFFF) for _, seat in chunk]),
+                )
+            )
+            for chunk in _chunks(rows, messages.MAX_ROWS)
+        ]
 
     # ---- without a holder, and with a new one
 
@@ -489,6 +508,8 @@ class Agent:
         self._has_holder = True
         self._acked = self._staged = 0
         self.unacked.clear()
+        for seat in self._thawed.values():
+            seat.is_entering = False  # they wait for the new holder's word
         rows = [
             (cookie, seat, records.get(cookie) or messages.Record(kind=seat.kind))
             for cookie, seat in self.seats.items()

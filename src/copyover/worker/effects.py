@@ -80,7 +80,11 @@ class ImportShared:
 
 @attrs.frozen
 class Serve:
-    """Enter these; with *is_cut* read no input before all are entered. Their ``adopted`` is queued already."""
+    """
+    Enter these, whose ``adopted`` is queued already.
+
+    With *is_cut* no input is read and nothing is sent before all are entered; then answer with ``entered``.
+    """
 
     cookies: tuple[int, ...]
     is_cut: bool

@@ -41,9 +41,19 @@ class Entrance:
         self._patience: asyncio.TimerHandle | None = None
         self._pumping: asyncio.Handle | None = None
 
-    def admit(self, connections: Sequence[Served], *, is_cut: bool) -> None:
-        """Enter these. Of a consistent cut no input is read before all are in: a broadcast then finds everybody."""
-        cut = Cut(connections) if is_cut else None
+    @property
+    def is_paced(self) -> bool:
+        """Whether it may take long by intention."""
+        return self._gap_s > 0
+
+    def admit(self, connections: Sequence[Served], on_all_in: Callable[[Sequence[Served]], None] | None = None) -> None:
+        """
+        Enter these.
+
+        With *on_all_in* they are a consistent cut, of which no input is read and nothing is sent before all are in: a
+        broadcast then finds everybody. It is called at that moment, with those that are still here.
+        """
+        cut = Cut(connections, on_all_in) if on_all_in is not None else None
         self._waiting.extend((connection, cut) for connection in connections)
         if self._pumping is None:
             self._pump()
@@ -69,10 +79,11 @@ class Entrance:
         self._pumping = self._loop.call_at(when_s, self._pump)
 
     def _let_in(self, connection: Served, cut: Cut | None) -> None:
-        if not _is_here(connection):
+        if connection.is_entered or not _is_here(connection):
             if cut is not None:
                 cut.arrived(connection)
             return
+        connection.is_entered = True
         connection.on_boundary = self._arrived
         self._entering[connection] = cut
         if cut is None:
@@ -102,14 +113,17 @@ class Entrance:
 class Cut:
     """A consistent cut: its input is read once all have reached a boundary."""
 
-    def __init__(self, connections: Sequence[Served]) -> None:
+    def __init__(self, connections: Sequence[Served], on_all_in: Callable[[Sequence[Served]], None]) -> None:
         self._connections = connections
+        self._on_all_in = on_all_in
         self._absent = {connection.cookie for connection in connections}
 
     def arrived(self, connection: Served) -> None:
         self._absent.discard(connection.cookie)
         if not self._absent:
-            for one in self._connections:
+            here = [one for one in self._connections if _is_here(one)]
+            self._on_all_in(here)
+            for one in here:
                 if _is_here(one):
                     one.transport.start()
 

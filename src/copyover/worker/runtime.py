@@ -299,6 +299,7 @@ class Runtime:
         for cookie in cookies:
             connection = self._connections[cookie]
             connection.transport.start()
+            connection.is_entered = True
             self._host.enter(connection)
 
     def _became(self, connection: Served) -> None:
@@ -534,19 +535,32 @@ class Runtime:
         return self._build(stale.transport.socket, stale.cookie, self._numbers[stale.cookie])
 
     def _serve(self, cookies: tuple[int, ...], *, is_cut: bool) -> None:
-        entering = []
+        entering: list[Served] = []
+        others: list[Served] = []
         for cookie in cookies:
             connection = self._connections[cookie]
-            if connection.course is not Course.RUNNING:
-                connection.go_on()
-                if self._how is not None:
-                    connection.stop()  # the others were told so while it was away
-            elif connection.transport.phase is not Phase.OPEN:
+            is_to_enter = not connection.is_entered and connection.transport.phase is Phase.OPEN
+            (entering if is_to_enter else others).append(connection)
+        if is_cut:
+            self._entered(others)
+            if self._entrance.is_paced:  # nobody waits for the last of them
+                self._entered(entering)
+        for connection in others:
+            if connection.course is Course.RUNNING:
                 connection.transport.start()
-            else:
-                entering.append(connection)
+                continue
+            connection.go_on()
+            if self._how is not None:
+                connection.stop()  # the others were told so while it was away
+        for connection in entering:
+            connection.revive()
         if entering:
-            self._entrance.admit(entering, is_cut=is_cut)
+            self._entrance.admit(entering, self._entered if is_cut else None)
+
+    def _entered(self, connections: Sequence[Served]) -> None:
+        self._flush_ended()
+        cookies = [connection.cookie for connection in connections]
+        self._perform(self._agent.entered(cookies, time.monotonic_ns()))
 
     def _discard(self, cookies: tuple[int, ...]) -> None:
         for cookie in cookies:

@@ -59,6 +59,7 @@ class Served(abc.ABC):
         "cookie",
         "halted_ns",
         "interrupted",
+        "is_entered",
         "is_left",
         "kind",
         "listener",
@@ -82,6 +83,7 @@ class Served(abc.ABC):
         self.resumed = False
         self.interrupted = False
         self.halted_ns = 0
+        self.is_entered = False  # its handler has begun here
         self.is_left = False  # nobody but its unsent bytes needs it
         # Called once, at the first boundary after it was entered.
         self.on_boundary: Callable[[Served], None] | None = None
@@ -152,6 +154,10 @@ class Served(abc.ABC):
         self._on_halt = None
         if was_halted:
             self._transport.start()
+
+    def revive(self) -> None:
+        """Wait to be entered, as before its record was taken."""
+        self._course = Course.RUNNING
 
     def leave(self) -> None:
         """Only what is unsent is still to do, by whoever has it."""

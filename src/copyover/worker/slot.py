@@ -181,14 +181,20 @@ class Slot(slots.Pen):
     def save(self, transport: Transport, state: object, flags: int = 0) -> None:
         """Say that the connection stands at a boundary with this."""
         encoded = b"" if flags & RecordFlag.FINISHED else self._state_bytes(state)
-        if encoded is self._held[~self.sequence & 1] and not (
-            flags or transport.output or transport.input or transport.held
-        ):
-            # Bytes came and went, and nothing else: by far the most frequent.
-            self._counted = (transport.received, transport.sent, 0)
-            self.recount(transport.received, transport.sent)
-        else:
+        half = ~self.sequence & 1
+        if encoded is not self._held[half] or flags or transport.output or transport.input or transport.held:
             self._put(transport, encoded, transport.output, flags)
+            return
+        # Bytes came and went, and nothing else: as recount does, without a call, since it is at nearly each boundary.
+        received, sent = transport.received, transport.sent
+        self._counted = (received, sent, 0)
+        words = self._words
+        sequence = self.sequence + 1
+        at = self._halves[half] >> 3
+        words[at] = sequence
+        words[at + 1] = received
+        words[at + 2] = sent
+        self.sequence = words[self._word] = sequence
 
     def save_ahead(self, transport: Transport, encode: Callable[[], bytes]) -> None:
         """
