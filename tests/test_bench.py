@@ -167,7 +167,7 @@ def test_each_loop_and_each_move_has_its_pause(run: Run) -> None:
             whose = f"20 connections, {move}, {loop}: "
             assert {name.removeprefix(whose) for name in names if name.startswith(whose)} == {
                 *("pause p50", "pause p99", "pause max", "clients' longest wait, p99"),
-                "against the same clients without a reload",
+                "clients' longest wait against that without a reload, p99",
             }
 
 

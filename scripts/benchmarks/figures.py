@@ -32,6 +32,10 @@ def at_least(limit: float, unit: str = "") -> Goal:
     return Goal(f"≥ {limit:g} {unit}".rstrip(), lambda value: value >= limit)
 
 
+def counted(connections: int) -> str:
+    return f"{connections:_} connections".replace("_", " ")
+
+
 @attrs.frozen
 class Figure:
     """

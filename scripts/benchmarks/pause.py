@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from benchmarks.figures import TIMES, Effort, Figure, Goal, Part, Series, at_most
+from benchmarks.figures import TIMES, Effort, Figure, Goal, Part, Series, at_most, counted
 from benchmarks.running import ECHO, LOOPS, MOVES, Asked, Crowd, reload_all, serving
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _let_run(seconds: float) -> None:
 
 
 def _figures(count: int, loop: str, move: str, reloads: list[Reloaded], asked: list[Asked]) -> Iterator[Figure]:
-    name = f"{count} connections, {move}, {loop}"
+    name = f"{counted(count)}, {move}, {loop}"
 
     def goal(what: str) -> Goal | None:
         return GOALS.get((move, loop, what)) if count == GOALS_AT else None
@@ -100,7 +100,7 @@ def _figures(count: int, loop: str, move: str, reloads: list[Reloaded], asked: l
     note = f"the clients themselves were late by {statistics.median(late):.1f} ms at the p99"
     yield Figure(f"{name}: clients' longest wait, p99", tuple(moving), "ms", note=note)
     yield Figure(
-        f"{name}: against the same clients without a reload",
+        f"{name}: clients' longest wait against that without a reload, p99",
         tuple(ours / theirs for ours, theirs in zip(moving, calm, strict=True)),
         TIMES,
         CLIENTS_GOAL if move == "rolling" and count == GOALS_AT else None,

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from benchmarks import pgbouncer
-from benchmarks.figures import TIMES, Effort, Figure, Part, Series, at_most
+from benchmarks.figures import TIMES, Effort, Figure, Part, Series, at_most, counted
 from benchmarks.running import ECHO, LOOPS, MOVES, Crowd, reload_all, serving
 
 if TYPE_CHECKING:
@@ -79,10 +79,10 @@ def _costs(loop: str, counts: Sequence[int], repeats: int) -> dict[tuple[int, st
 def _per_connection(name: str, found: dict[int, tuple[float, ...]]) -> Iterator[Figure]:
     for count, values in found.items():
         goal = GOAL if count >= LINEAR_FROM else None  # below, what a reload costs by itself is most of it
-        yield Figure(f"{count} connections, {name}: a connection", values, "µs", goal)
+        yield Figure(f"{counted(count)}, {name}: a connection", values, "µs", goal)
     if len(found) > 1:
         spread = tuple(max(costs) / min(costs) for costs in zip(*found.values(), strict=True))
-        note = f"the dearest against the cheapest of {min(found)} to {max(found)}"
+        note = f"the dearest against the cheapest of {min(found)} to {max(found)} connections"
         goal = LINEAR_GOAL if min(found) >= LINEAR_FROM else None
         yield Figure(f"{name}: linear within", spread, TIMES, goal, note)
 
