@@ -17,7 +17,6 @@ from benchmarks import load, servers
 from benchmarks.figures import Effort, Figure, Part, at_most
 
 TITLE = "After kill -9"
-CONNECTIONS = 15_000
 REPEATS = 3  # each has a server of its own: a second death soon after the first is restarted later
 
 
@@ -32,7 +31,7 @@ class _Course:
 
 
 def measure(effort: Effort) -> Part:
-    count = effort.most if effort.is_quick else CONNECTIONS
+    count = effort.most
     figures = []
     for loop in servers.LOOPS:
         courses = [_course(loop, count) for _ in range(min(REPEATS, effort.repeats))]
