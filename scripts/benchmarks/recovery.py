@@ -42,7 +42,7 @@ def measure(effort: Effort) -> Part:
             for field in attrs.fields(_Course)
         }
         note = (
-            "with the interpreter's start, of {interpreter:.0f} ms, the holder knew what each was at after {judged:.0f}, "
+            "with the interpreter's start ({interpreter:.0f} ms): the holder knew what each was at after {judged:.0f}, "
             "the first was served after {first:.0f}, the last after {served:.0f} ms"
         ).format(**median)
         figures += [
