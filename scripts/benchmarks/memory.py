@@ -20,13 +20,12 @@ if TYPE_CHECKING:
     from copyover.testing import Server
 
 TITLE = "Memory"
-CONNECTIONS = 18_000
 SAMPLE_S = 0.01
 MIB = 1 << 20
 
 
 def measure(effort: Effort) -> Part:
-    count = effort.most if effort.is_quick else CONNECTIONS
+    count = max(effort.linear)
     figures: list[Figure] = []
     for loop in servers.LOOPS:
         figures += _copyover(loop, count)
