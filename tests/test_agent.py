@@ -660,3 +660,19 @@ def test_every_message_of_the_holder_is_known() -> None:
     """Welcome is for the start; all others have a transition."""
     known: Any = Agent._TRANSITIONS
     assert set(known) == set(messages.FROM_HOLDER) - {messages.Welcome}
+
+
+def test_the_records_of_a_large_cut_are_taken_piece_by_piece() -> None:
+    """The holder has the first while the next is taken; the shared state comes with the last."""
+    cookies = range(1, messages.MAX_DESCRIPTORS + 3)
+    agent = serving(*cookies)
+    agent.handle(freeze(*cookies, gather_ms=1000))
+    exports = [effect for effect in agent.halted(1, cookies) if isinstance(effect, effects.Export)]
+    assert [export.is_cut for export in exports] == [False, True]
+    assert [cookie for export in exports for cookie in export.cookies] == list(cookies)
+    for export in exports:
+        found = agent.exported(export, records_of(*export.cookies), {}, b"shared" if export.is_cut else None)
+        assert [message.rows for message in sent(found) if isinstance(message, messages.Frozen)] == [
+            len(export.cookies)
+        ]
+        assert bool([message for message in sent(found) if isinstance(message, messages.Gathered)]) == export.is_cut

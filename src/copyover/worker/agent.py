@@ -297,7 +297,9 @@ class Agent:
     def _close_cut(self) -> list[Effect]:
         self._gathering = None
         halted = [cookie for cookie, seat in self.seats.items() if seat.standing is Standing.HALTED and seat.is_cut]
-        return [Export(0, tuple(halted), is_cut=True)]
+        # Piece by piece, so that others go on with the first while the next is taken.
+        *first, last = _chunks(halted, messages.MAX_DESCRIPTORS) if halted else [()]
+        return [*(Export(0, tuple(chunk), is_cut=False) for chunk in first), Export(0, tuple(last), is_cut=True)]
 
     def exported(
         self,
