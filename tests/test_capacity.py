@@ -104,18 +104,20 @@ def run(directory: Path, *arguments: str) -> list[str]:
 
 def refused(directory: Path, *arguments: str, limit: int) -> str:
     """Start a holder with at most *limit* descriptors, and return what it said as it was refused."""
-    done = subprocess.run(
-        ["sh", "-c", f'ulimit -n {limit}; exec "$@"', "sh", *run(directory, *arguments)],
-        env=os.environ | {"COPYOVER_RUNTIME_DIR": str(directory)},
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-        check=False,
-    )
-    assert done.returncode == 2, done
-    assert "event=started" not in done.stderr
+    command = ["sh", "-c", f'ulimit -n {limit}; exec "$@"', "sh", *run(directory, *arguments)]
+    environment = os.environ | {"COPYOVER_RUNTIME_DIR": str(directory)}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None
+        if ready := holder.stdout.readline():  # it serves: with SIGTERM its worker ends, too
+            holder.terminate()
+        _, log = holder.communicate(timeout=DEADLINE_S)
+    assert not ready
+    assert holder.returncode == 2, log
+    assert "event=started" not in log
     assert not (directory / "web.sock").exists()
-    return done.stderr.splitlines()[-1]
+    return log.splitlines()[-1]
 
 
 def test_more_than_the_descriptors_allow_for_is_not_begun(directory: Path) -> None:
