@@ -166,6 +166,30 @@ def test_a_reload_that_asks_for_more_is_refused(copyover_server: Servers) -> Non
         assert client.ask(b"c\n") == b"c\n"
 
 
+def test_a_takeover_that_asks_for_more_is_refused(copyover_server: Servers) -> None:
+    """The workers of the dead holder serve on, and one that asks for what there is takes them over."""
+    server = copyover_server("echo:echo", chdir=APPS)
+    environment = os.environ | {"COPYOVER_RUNTIME_DIR": str(server.directory)}
+    command = [sys.executable, "-P", "-m", "copyover.cli", "run", "--name", server.name, "--connections", "2000000"]
+    with Client(server.address) as client:
+        assert client.ask(b"a\n") == b"a\n"
+        server.kill()
+        done = subprocess.run(
+            [*command, "--config", str(server.directory / "copyover.toml")],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S,
+            check=False,
+        )
+        assert done.returncode == 2, done
+        assert "2000000 are to be held, and one holder keeps 1047552 at most" in done.stderr
+        assert client.ask(b"b\n") == b"b\n"
+        server.run()
+        assert server.reload().assert_lossless().moved == 1
+        assert client.ask(b"c\n") == b"c\n"
+
+
 @others.needs_root
 def test_slots_need_room_in_the_runtime_directory(directory: Path) -> None:
     """What a tmpfs has not is not promised; without slots nothing of it is needed."""
