@@ -11,6 +11,7 @@ import asyncio
 import json
 from typing import TYPE_CHECKING, Any
 
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from copyover.adapters.framing import HEAD_END, LENGTH, Chunks, Response
@@ -32,6 +33,7 @@ _STREAM = b"s"  # in the middle of a response without end
 _QUIET_TURNS = 12  # of the loop: what an application has sent may pass through a few tasks of its middleware
 
 _ANSWERING = "a request is being answered"
+_BEHIND = "its client does not read what it is sent, and its application waits for that in send()"
 _SENDING = "its application may be sending"
 _HTTP = Kind.HTTP  # a member of an enum costs as much as a call to look up, before Python 3.12
 
@@ -39,6 +41,21 @@ _HTTP = Kind.HTTP  # a member of an enum costs as much as a call to look up, bef
 PARTS = ("app", "connections", "cycle", "flow", "limit_concurrency", "loop", "timeout_keep_alive_task", "transport")
 
 Message = Any
+
+
+class Flow(FlowControl):
+    """uvicorn's, which tells how many *waiting* there are inside of send until the client has read."""
+
+    def __init__(self, transport: Any) -> None:
+        super().__init__(transport)
+        self.waiting = 0
+
+    async def drain(self) -> None:
+        self.waiting += 1
+        try:
+            await super().drain()
+        finally:
+            self.waiting -= 1
 
 
 class Http(Adapter):
@@ -105,6 +122,7 @@ class Http(Adapter):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)  # type: ignore[misc]  # of the protocol
+        self.flow = Flow(transport)
         self._hosted = transport.hosted
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -248,9 +266,13 @@ class Http(Adapter):
     @property
     def obstacle(self) -> str | None:
         response = self._response if self._is_answering and not self._body else None
-        if response is None or response.framing == LENGTH or self.flow.write_paused:
-            return None  # it may well be over soon
-        return self._why_no_stream()
+        if response is None:
+            return None
+        reason = self._why_no_stream()
+        if reason is None:
+            return _BEHIND if self.flow.waiting else None
+        # What has an end may well be over soon.
+        return None if response.framing == LENGTH or self.flow.write_paused else reason
 
     def _why_no_stream(self) -> str | None:
         """Return why what is under way cannot be gone on with elsewhere."""
@@ -290,8 +312,8 @@ class Http(Adapter):
         if self._quiet_turns == 1 or self._quiet_turns >= _QUIET_TURNS:
             state = self._state_or_problem()
             if state == self._quiet_state and self._quiet_turns >= _QUIET_TURNS:
-                # With its client behind, its application waits inside of send: on which side of its state, who knows.
-                self._is_quiet = not self.flow.write_paused
+                # Inside of send it is before or after its change of the state: who knows.
+                self._is_quiet = not self.flow.waiting
                 self._hosted.settle()
                 self._is_quiet = False
                 return
