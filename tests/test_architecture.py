@@ -178,7 +178,7 @@ ROOMS: dict[str, set[str]] = {
     "adapters.keep_alive": set(),
     "adapters.visit": {"asgi", "worker.application", "worker.served", "worker.snapshot"},
     "adapters.http": {
-        *("adapters.framing", "adapters.keep_alive", "adapters.uvicorn", "adapters.visit", "messages"),
+        *("asgi", "adapters.framing", "adapters.keep_alive", "adapters.uvicorn", "adapters.visit", "messages"),
         *("worker.adapter", "worker.hosted", "worker.transport"),
     },
     "adapters.httptools": {"adapters.http", "adapters.uvicorn"},

@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 from starlette.websockets import WebSocket  # noqa: TC002  # FastAPI looks for it
 
 from copyover import asgi
-from copyover.adapters.visit import Visit, greet, is_of
+from copyover.adapters.visit import Visit, greet, is_of, know
 from copyover.errors import CopyoverError
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def call_here(app: Any, *arguments: Any, visit: Visit | None = None, extension: 
     async def whole() -> Any:
         scope = arguments[0] if arguments and isinstance(arguments[0], dict) else {}
         greet(scope, extension)
+        know(extension)
         return await app(*arguments)
 
     return visit, asyncio.run(whole())
@@ -266,7 +267,7 @@ def test_endpoints_that_are_classes() -> None:
     visit = Visit()
 
     async def make() -> Any:
-        greet({}, visit.extension())
+        know(visit.extension())
         return Socket({"type": "websocket"}, nothing, nothing)
 
     made = asyncio.run(make())
@@ -293,6 +294,7 @@ def test_two_visits_at_the_same_time() -> None:
         scope: dict[str, Any] = {}
         extension = visit.extension()
         greet(scope, extension)
+        know(extension)
         await app(scope, nothing, nothing)
         assert is_of(extension)
         assert not is_of(visit.extension())
@@ -397,7 +399,9 @@ def test_fastapi_under_copyover() -> None:
 
     async def served(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "websocket":
-            greet(scope, visit.extension())
+            extension = visit.extension()
+            greet(scope, extension)
+            know(extension)
         await app(scope, receive, send)
         said.append((visit.is_resumable, visit.name.rpartition(".")[2], visit.version))
 

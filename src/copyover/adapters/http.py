@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from copyover import asgi
 from copyover.adapters.framing import HEAD_END, LENGTH, Chunks, Response
 from copyover.adapters.keep_alive import KeepAlive
-from copyover.adapters.visit import Visit, check_readable, greet
+from copyover.adapters.visit import Visit, check_readable, greet, know
 from copyover.messages import Kind
 from copyover.worker.adapter import Adapter
 from copyover.worker.transport import READ_BYTES
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from copyover.adapters.uvicorn import Uvicorn
     from copyover.worker.hosted import Hosted
 
+_find_end = HEAD_END.search
 _BLANK = b"\r\n"
 _IDLE = b"h"  # a state's first byte: between two requests, with what is left of the keep-alive time in seconds
 _STREAM = b"s"  # in the middle of a response without end
@@ -137,28 +139,24 @@ class Http(Adapter):
         before, seen = self.cycle, self._seen
         if before is not None and not before.response_complete:
             return False
-        found = HEAD_END.search(buffer, seen - 2)  # from the first, if that is negative
+        found = _find_end(buffer, seen - 2)  # from the first, if that is negative
         stop = len(buffer) if found is None else found.end()
         if stop == seen:
             return False
-        head = bytes(buffer[:stop])
+        head = bytes(buffer) if stop == len(buffer) else bytes(buffer[:stop])
         self._seen = stop
         self.data_received(head[seen:])
         if self.cycle is not before:
             self._drop(buffer, stop)
-            self._take(head)
+            self._head = head
+            self._visit = self._response_head = self._response_read = None
+            if self.cycle.more_body:
+                self._body = _body_of(self.cycle.scope["headers"])
         elif self._hosted.is_closing() or self._hosted.protocol is not self or not head.strip(_BLANK):
             self._drop(buffer, stop)
         elif found is None:
             self._hosted.transport.want(stop + READ_BYTES)
         return found is not None
-
-    def _take(self, head: bytes) -> None:
-        """Be at a request that has just begun."""
-        self._head = head
-        self._visit = self._response_head = self._response_read = None
-        if self.cycle.more_body:
-            self._body = _body_of(self.cycle.scope["headers"])
 
     @property
     def is_busy(self) -> bool:
@@ -203,6 +201,8 @@ class Http(Adapter):
             send = _without_start(send)
         self._visit, self._extension = visit, extension
         greet(scope, extension)
+        if asgi.routes:  # only they ask for it
+            know(extension)
         host.visits.add(visit)
         try:
             await self._app(scope, receive, send)

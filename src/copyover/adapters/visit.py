@@ -65,13 +65,17 @@ class Visit:
 
 
 def greet(scope: MutableMapping[str, Any], extension: dict[str, Any]) -> None:
-    """Tell the application, and the tasks that it will start."""
+    """Tell the application."""
     scope.setdefault("extensions", {})[asgi.EXTENSION] = extension
+
+
+def know(extension: dict[str, Any]) -> None:
+    """Have the running task, and those that it will start, be of the entry with this extension."""
     asgi.entered.set(extension)
 
 
 def is_of(extension: dict[str, Any]) -> bool:
-    """Whether the running task is one that the entry with this extension has started."""
+    """Whether the running task is one of those."""
     return asgi.entered.get() is extension
 
 

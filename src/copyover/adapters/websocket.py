@@ -19,7 +19,7 @@ from websockets.protocol import OPEN
 
 from copyover.adapters.deflate import Deflate
 from copyover.adapters.framing import CLOSE, CONTINUATION, FrameHeader, frame_header
-from copyover.adapters.visit import Visit, check_readable, greet, is_of
+from copyover.adapters.visit import Visit, check_readable, greet, is_of, know
 from copyover.messages import Kind
 from copyover.worker.adapter import Adapter
 from copyover.worker.served import CannotFreeze
@@ -156,6 +156,7 @@ class WebSocket(Adapter, WebSocketsSansIOProtocol):
     async def _enter(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
         visit = self._visit
         greet(scope, self._extension)
+        know(self._extension)
         self._host.visits.add(visit)
         try:
             await self._app(scope, receive, send)

@@ -130,7 +130,7 @@ class Hosted(Served):
             slot.save_ahead(transport, self.protocol.snapshot)
         self._flush()
         # Where the kernel has not taken all of it, or counts nothing and the use of the socket was marked.
-        if transport.output or (slot is not None and slot.is_touched):
+        if transport.output or (transport.mark is not None and slot is not None and slot.is_touched):
             self._save()
 
     def _flush(self) -> None:
