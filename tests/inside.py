@@ -12,6 +12,7 @@ from copyover.messages import Kind, Record
 from copyover.worker.application import Asgi
 from copyover.worker.host import Host
 from copyover.worker.hosted import Hosted
+from copyover.worker.outbox import Outbox
 from copyover.worker.served import Course, Limits
 from copyover.worker.transport import Transport
 
@@ -67,7 +68,8 @@ class Plain(Host):
 
     def build(self, transport: Transport, *, cookie: int, listener: str) -> Hosted:
         loop = asyncio.get_running_loop()
-        return Hosted(loop, transport, cookie=cookie, listener=listener, limits=Limits(), host=self)
+        outbox = Outbox(loop)
+        return Hosted(loop, transport, cookie=cookie, listener=listener, limits=Limits(), host=self, outbox=outbox)
 
     def enter(self, served: Served) -> None:
         """Nothing: a test begins its connections itself."""

@@ -148,8 +148,10 @@ ROOMS: dict[str, set[str]] = {
     "worker.adapter": {"messages", "worker.served"},
     "worker.face": {"worker.hosted"},
     "worker.hosted": {
-        *("messages", "worker.adapter", "worker.face", "worker.host", "worker.served", "worker.transport"),
+        *("messages", "worker.adapter", "worker.face", "worker.host", "worker.outbox", "worker.served"),
+        "worker.transport",
     },
+    "worker.outbox": {"worker.hosted"},
     "worker.entrance": {"worker.served", "worker.transport"},
     "worker.accepting": set(),
     "worker.seeking": {"channel", "errors", "messages"},
@@ -173,10 +175,11 @@ ROOMS: dict[str, set[str]] = {
     "adapters.versions": {"errors"},
     "adapters.framing": set(),
     "adapters.deflate": set(),
+    "adapters.keep_alive": set(),
     "adapters.visit": {"asgi", "worker.application", "worker.served", "worker.snapshot"},
     "adapters.http": {
-        *("adapters.framing", "adapters.uvicorn", "adapters.visit", "messages", "worker.adapter", "worker.face"),
-        "worker.transport",
+        *("asgi", "adapters.framing", "adapters.keep_alive", "adapters.uvicorn", "adapters.visit", "messages"),
+        *("worker.adapter", "worker.hosted", "worker.transport"),
     },
     "adapters.httptools": {"adapters.http", "adapters.uvicorn"},
     "adapters.websocket": {
@@ -186,7 +189,7 @@ ROOMS: dict[str, set[str]] = {
     "adapters.uvicorn": {
         *("adapters.http", "adapters.httptools", "adapters.versions", "adapters.visit", "adapters.websocket"),
         *("asgi", "errors", "messages", "worker.application", "worker.host", "worker.hosted", "worker.served"),
-        *("worker.adapter", "worker.transport"),
+        *("worker.adapter", "worker.outbox", "worker.transport"),
     },
     # ---- the operator's side, and the user's tests
     "console": {"directory", "errors", "sockets"},

@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 from starlette.websockets import WebSocket  # noqa: TC002  # FastAPI looks for it
 
 from copyover import asgi
-from copyover.adapters.visit import Visit
+from copyover.adapters.visit import Visit, greet, is_of, know
 from copyover.errors import CopyoverError
 
 if TYPE_CHECKING:
@@ -44,13 +44,15 @@ def call(app: Any, *arguments: Any) -> Any:
     return asyncio.run(whole())
 
 
-def call_here(app: Any, *arguments: Any, visit: Visit | None = None) -> tuple[Visit, Any]:
+def call_here(app: Any, *arguments: Any, visit: Visit | None = None, extension: Any = None) -> tuple[Visit, Any]:
     """Call *app* as copyover does."""
-    visit = visit or Visit(is_resumable=False)
+    visit = visit or Visit()
+    extension = extension or visit.extension()
 
     async def whole() -> Any:
         scope = arguments[0] if arguments and isinstance(arguments[0], dict) else {}
-        visit.greet(scope)
+        greet(scope, extension)
+        know(extension)
         return await app(*arguments)
 
     return visit, asyncio.run(whole())
@@ -71,10 +73,12 @@ def test_a_connection_says_so() -> None:
         assert asgi.state(scope) == {"seen": 1}
         assert not asgi.resumed(scope)
 
-    visit, _ = call_here(app, {"type": "websocket"}, nothing, nothing)
+    visit = Visit()
+    extension = visit.extension()
+    call_here(app, {"type": "websocket"}, nothing, nothing, visit=visit, extension=extension)
     assert visit.is_resumable
     assert (visit.name, visit.version) == ("", 3)
-    assert visit.state_bytes() == b'{"seen":1}'
+    assert visit.state_bytes(extension) == b'{"seen":1}'
 
 
 def test_one_that_says_nothing_is_not_resumable() -> None:
@@ -90,13 +94,13 @@ def test_one_that_says_nothing_is_not_resumable() -> None:
 
 def test_one_that_was_here_before() -> None:
     """It finds its state, and the version that it was written with."""
-    visit = Visit.again({"seen": 7}, name="a.b", version=2)
+    visit, extension = Visit.again({"seen": 7}, name="a.b", version=2)
     found: list[Any] = []
 
     async def app(scope: Any, _receive: Any, _send: Any) -> None:
         found.extend([asgi.resumed(scope), dict(asgi.state(scope)), scope["extensions"]["copyover"]["version"]])
 
-    call_here(app, {"extensions": {"tls": {}}}, nothing, nothing, visit=visit)
+    call_here(app, {"extensions": {"tls": {}}}, nothing, nothing, visit=visit, extension=extension)
     assert found == [True, {"seen": 7}, 2]
 
 
@@ -260,10 +264,10 @@ def test_endpoints_that_are_classes() -> None:
     assert inspect.isclass(Socket)
     assert issubclass(Socket, WebSocketEndpoint)
     assert (Socket.__name__, Socket.__module__, Socket.__doc__) == ("Socket", __name__, "Tell what it serves.")
-    visit = Visit(is_resumable=False)
+    visit = Visit()
 
     async def make() -> Any:
-        visit.greet({})
+        know(visit.extension())
         return Socket({"type": "websocket"}, nothing, nothing)
 
     made = asyncio.run(make())
@@ -288,14 +292,16 @@ def test_two_visits_at_the_same_time() -> None:
 
     async def serve(visit: Visit, app: Any) -> None:
         scope: dict[str, Any] = {}
-        visit.greet(scope)
+        extension = visit.extension()
+        greet(scope, extension)
+        know(extension)
         await app(scope, nothing, nothing)
-        assert visit.is_mine
+        assert is_of(extension)
+        assert not is_of(visit.extension())
 
     async def both() -> tuple[Visit, Visit]:
-        first, second = Visit(is_resumable=False), Visit(is_resumable=False)
+        first, second = Visit(), Visit()
         await asyncio.gather(serve(first, app), serve(second, other))
-        assert not first.is_mine
         return first, second
 
     first, second = asyncio.run(both())
@@ -389,11 +395,13 @@ def test_fastapi_under_copyover() -> None:
     """The endpoint says so of the connection that came to it, whatever stands between."""
     app = fast()
     said: list[Any] = []
-    visit = Visit(is_resumable=False)
+    visit = Visit()
 
     async def served(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "websocket":
-            visit.greet(scope)
+            extension = visit.extension()
+            greet(scope, extension)
+            know(extension)
         await app(scope, receive, send)
         said.append((visit.is_resumable, visit.name.rpartition(".")[2], visit.version))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import socket
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -415,6 +416,33 @@ def test_two_writes_in_one_turn_leave_in_one_piece() -> None:
         assert await line.receive(b"body") == b"head body"
 
     play(scene)
+
+
+def test_what_a_turn_has_written_leaves_in_the_next() -> None:
+    """Of all connections, each in one system call; one that cannot settle keeps no other from it."""
+
+    async def whole() -> None:
+        host = Plain()
+        listen(host)
+        host.cede = lambda served: 1 // (served.cookie - 2)  # type: ignore[assignment]  # it is what the second cannot
+        used: list[int] = []
+        lines = [Line(host, cookie=cookie) for cookie in (1, 2, 3)]
+        for line in lines:
+            line.transport.mark = functools.partial(used.append, line.served.cookie)
+            line.served.begin(Lines())
+        await turns()
+        for line in lines:
+            line.transport.start()
+            line.served.face.write(b"head ")
+            line.served.face.write(b"body")
+        assert used == []
+        await asyncio.sleep(0)
+        assert used == [1, 2, 3]
+        assert [line.received() for line in lines] == [b"head body"] * 3
+        for line in lines:
+            line.close()
+
+    asyncio.run(whole())
 
 
 def test_what_the_client_has_is_not_written_again() -> None:

@@ -34,14 +34,15 @@ def _routes() -> Iterator[None]:
 @given(st.lists(STATES, min_size=1, max_size=4))
 def test_its_state_as_it_is_now(states: list[dict[str, Any]]) -> None:
     """Whether the dict is changed or replaced, each time anew."""
-    visit = Visit(is_resumable=True)
+    visit = Visit()
+    extension = visit.extension()
     for state in states:
-        visit.extension["state"] = state
-        assert visit.state_bytes() == json_bytes(state, "state")
+        extension["state"] = state
+        assert visit.state_bytes(extension) == json_bytes(state, "state")
         state["more"] = len(state)
-        assert visit.state_bytes() == json_bytes(state, "state")
-        visit.extension["state"].clear()
-        assert visit.state_bytes() == b"{}"
+        assert visit.state_bytes(extension) == json_bytes(state, "state")
+        extension["state"].clear()
+        assert visit.state_bytes(extension) == b"{}"
 
 
 @pytest.mark.parametrize(
@@ -58,20 +59,21 @@ def test_its_state_as_it_is_now(states: list[dict[str, Any]]) -> None:
 )
 def test_a_state_that_would_come_back_as_another(state: object, words: str) -> None:
     """It is refused, with the place."""
-    visit = Visit(is_resumable=True)
-    visit.extension["state"] = state
+    visit = Visit()
+    extension = visit.extension()
+    extension["state"] = state
     with pytest.raises(CannotFreeze, match=words):
-        visit.state_bytes()
-    visit.extension["state"] = {"a": 1}
-    assert visit.state_bytes() == b'{"a":1}'
+        visit.state_bytes(extension)
+    extension["state"] = {"a": 1}
+    assert visit.state_bytes(extension) == b'{"a":1}'
 
 
 def test_one_that_was_here_before_says_who_it_was() -> None:
     """Until its application says otherwise: it may move again before that."""
-    visit = Visit.again({"a": 1}, name="shop.chat", version=1)
+    visit, extension = Visit.again({"a": 1}, name="shop.chat", version=1)
     assert (visit.is_resumable, visit.name, visit.version) == (True, "shop.chat", 1)
-    assert visit.state_bytes() == b'{"a":1}'
-    visit.extension["resumable"]("shop.chat", 3)
+    assert visit.state_bytes(extension) == b'{"a":1}'
+    extension["resumable"]("shop.chat", 3)
     assert (visit.name, visit.version) == ("shop.chat", 3)
 
 

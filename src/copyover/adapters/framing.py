@@ -74,19 +74,23 @@ CHUNKED, LENGTH, UNTIL_CLOSED = "chunked", "length", "close"
 
 @attrs.frozen
 class Response:
-    """How the body of a response under way ends; *is_last*: with the connection. RFC 9112, 6.3"""
+    """
+    How the body of a response ends: *left* bytes from here, where it tells a length; *is_last*: with the connection.
+
+    RFC 9112, 6.3
+    """
 
     framing: str
     left: int
     is_last: bool
 
     @classmethod
-    def of(cls, head: bytes, sent_bytes: int) -> Response:
+    def of(cls, head: bytes) -> Response:
         lines = head.lower().split(b"\r\n")
         length = next((int(line[15:]) for line in lines if line.startswith(b"content-length:")), None)
         is_chunked = b"transfer-encoding: chunked" in lines
         framing = CHUNKED if is_chunked else UNTIL_CLOSED if length is None else LENGTH
-        return cls(framing, (length or 0) - sent_bytes, b"connection: close" in lines)
+        return cls(framing, length or 0, b"connection: close" in lines)
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """Return what makes another response end in the same way."""

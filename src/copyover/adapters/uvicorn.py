@@ -21,6 +21,7 @@ from copyover.worker.adapter import Staying
 from copyover.worker.application import json_bytes
 from copyover.worker.host import Host
 from copyover.worker.hosted import Hosted
+from copyover.worker.outbox import Outbox
 from copyover.worker.served import CannotFreeze, Limits, Served
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class Uvicorn(Host):
     ) -> None:
         versions.require()
         self._loop = loop
+        self._outbox = Outbox(loop)
         self._application = application
         self._limits = limits
         self._is_live = options.get("handoff", "live") == "live"
@@ -165,7 +167,15 @@ class Uvicorn(Host):
     # ---- connections
 
     def build(self, transport: Transport, *, cookie: int, listener: str) -> Hosted:
-        served = Hosted(self._loop, transport, cookie=cookie, listener=listener, limits=self._limits, host=self)
+        served = Hosted(
+            self._loop,
+            transport,
+            cookie=cookie,
+            listener=listener,
+            limits=self._limits,
+            host=self,
+            outbox=self._outbox,
+        )
         served.kind = self.kind
         return served
 

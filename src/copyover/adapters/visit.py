@@ -18,41 +18,35 @@ if TYPE_CHECKING:
 
 
 class Visit:
-    """*extension* is what the application finds in its scope."""
+    """
+    What an application says of one entry.
 
-    __slots__ = ("_snapshot", "extension", "has_said", "is_resumable", "name", "version")
+    There is one for each request: it has nothing of its own until something is said, and it does not know the extension
+    that this is said in, for what refers to itself waits for the garbage collector.
+    """
 
-    def __init__(self, *, is_resumable: bool) -> None:
-        self.is_resumable = is_resumable
-        self.has_said = False  # so of this very entry
-        self.name = ""
-        self.version = 0
-        self.extension: dict[str, Any] = {"state": {}, "resumed": False, "resumable": self._say}
-        self._snapshot: Snapshot | None = None
+    is_resumable = False
+    has_said = False  # so of this very entry
+    name = ""
+    version = 0
+    _snapshot: Snapshot | None = None
 
     @classmethod
-    def again(cls, state: dict[str, Any], *, name: str, version: int) -> Visit:
-        """Return the entry of one who was here before."""
-        visit = cls(is_resumable=True)
-        visit.name, visit.version, visit.has_said = name, version, True
-        visit.extension.update(state=state, resumed=True, version=version)
-        return visit
+    def again(cls, state: dict[str, Any], *, name: str, version: int) -> tuple[Visit, dict[str, Any]]:
+        """Return the entry of one who was here before, and its extension."""
+        visit = cls()
+        visit.say(name, version)
+        return visit, visit.extension() | {"state": state, "resumed": True, "version": version}
 
-    def _say(self, name: str = "", version: int = 0) -> None:
+    def extension(self) -> dict[str, Any]:
+        """Return what the application finds in its scope."""
+        return {"state": {}, "resumed": False, "resumable": self.say}
+
+    def say(self, name: str = "", version: int = 0) -> None:
         self.is_resumable = self.has_said = True
         self.name, self.version = name, version
 
-    def greet(self, scope: MutableMapping[str, Any]) -> None:
-        """Tell the application, and the tasks that it will start."""
-        scope.setdefault("extensions", {})[asgi.EXTENSION] = self.extension
-        asgi.entered.set(self.extension)
-
-    @property
-    def is_mine(self) -> bool:
-        """Whether the running task is one that this entry has started."""
-        return asgi.entered.get() is self.extension
-
-    def state_bytes(self) -> bytes:
+    def state_bytes(self, extension: dict[str, Any]) -> bytes:
         """
         Return its state as JSON.
 
@@ -60,7 +54,7 @@ class Visit:
             CannotFreeze: something in it would not come out as it went in.
 
         """
-        state = self.extension["state"]
+        state = extension["state"]
         if type(state) is not dict:
             raise CannotFreeze(f"its state is of type {type(state).__name__} instead of dict")
         if not state:
@@ -68,6 +62,21 @@ class Visit:
         if self._snapshot is None:
             self._snapshot = Snapshot(_encode, is_json=True)
         return self._snapshot.take(state)
+
+
+def greet(scope: MutableMapping[str, Any], extension: dict[str, Any]) -> None:
+    """Tell the application."""
+    scope.setdefault("extensions", {})[asgi.EXTENSION] = extension
+
+
+def know(extension: dict[str, Any]) -> None:
+    """Have the running task, and those that it will start, be of the entry with this extension."""
+    asgi.entered.set(extension)
+
+
+def is_of(extension: dict[str, Any]) -> bool:
+    """Whether the running task is one of those."""
+    return asgi.entered.get() is extension
 
 
 def _encode(state: object) -> bytes:

@@ -19,7 +19,7 @@ from websockets.protocol import OPEN
 
 from copyover.adapters.deflate import Deflate
 from copyover.adapters.framing import CLOSE, CONTINUATION, FrameHeader, frame_header
-from copyover.adapters.visit import Visit, check_readable
+from copyover.adapters.visit import Visit, check_readable, greet, is_of, know
 from copyover.messages import Kind
 from copyover.worker.adapter import Adapter
 from copyover.worker.served import CannotFreeze
@@ -62,7 +62,9 @@ class WebSocket(Adapter, WebSocketsSansIOProtocol):
         self._host = host
         self._app = self.app
         self.app = self._enter
-        self._visit = Visit(is_resumable=host.resumes_websockets)
+        self._visit = Visit()
+        self._visit.is_resumable = host.resumes_websockets
+        self._extension = self._visit.extension()
         self._head = b""
         self._whole = 0  # bytes of the whole frames of a message that is not
         self._payload = 0  # of these, without their headers
@@ -153,7 +155,8 @@ class WebSocket(Adapter, WebSocketsSansIOProtocol):
 
     async def _enter(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
         visit = self._visit
-        visit.greet(scope)
+        greet(scope, self._extension)
+        know(self._extension)
         self._host.visits.add(visit)
         try:
             await self._app(scope, receive, send)
@@ -187,7 +190,7 @@ class WebSocket(Adapter, WebSocketsSansIOProtocol):
             try:
                 await asyncio.shield(self._gate)
             except ClientDisconnected:
-                if self._visit.is_mine:
+                if is_of(self._extension):
                     await asyncio.get_running_loop().create_future()
                 self._host.count_late_send()
                 raise
@@ -281,7 +284,7 @@ class WebSocket(Adapter, WebSocketsSansIOProtocol):
             }
             told = json.dumps(said).encode()
             self._told = b"" if keep_alive is not None else told
-        state = visit.state_bytes()
+        state = visit.state_bytes(self._extension)
         window = b"" if deflate is None else deflate.window
         return b"".join([_STATE.pack(_KIND, len(told), len(state), len(self._head)), told, state, self._head, window])
 
@@ -289,7 +292,8 @@ class WebSocket(Adapter, WebSocketsSansIOProtocol):
         said, app_state, head, window = _parts(state)
         if self.conn.extensions or self.handshake_initiated:
             raise CannotFreeze("it was thawed twice")
-        self._visit = Visit.again(json.loads(app_state), name=said["name"], version=said["version"])
+        restored = json.loads(app_state)
+        self._visit, self._extension = Visit.again(restored, name=said["name"], version=said["version"])
         self._is_again = True
         self.data_received(head)
         self.conn.send_response(self.response)

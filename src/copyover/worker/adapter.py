@@ -52,7 +52,7 @@ class Adapter(abc.ABC):
 
     @property
     def is_busy(self) -> bool:
-        """Whether input may be waiting for its application, and not for more bytes."""
+        """Whether input may be waiting for its application, and not for more bytes: then it is at no boundary."""
         return False
 
     def snapshot(self) -> bytes:

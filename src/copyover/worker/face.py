@@ -18,18 +18,17 @@ if TYPE_CHECKING:
 class Face(asyncio.Transport):
     """What a protocol sees of its connection: an asyncio transport."""
 
-    __slots__ = ("_hosted",)
+    # What is called for each request goes straight there.
+    __slots__ = ("hosted", "is_closing", "write")
 
     def __init__(self, hosted: Hosted) -> None:
         super().__init__()
-        self._hosted = hosted
-
-    @property
-    def hosted(self) -> Hosted:
-        return self._hosted
+        self.hosted = hosted
+        self.is_closing = hosted.is_closing  # type: ignore[method-assign]  # a slot, not a method
+        self.write = hosted.write  # type: ignore[method-assign]
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        sock = self._hosted.transport.socket
+        sock = self.hosted.transport.socket
         known: dict[str, Callable[[], Any]] = {
             "socket": lambda: sock,
             "peername": sock.getpeername,
@@ -40,36 +39,30 @@ class Face(asyncio.Transport):
         except OSError:  # the client has gone already
             return default
 
-    def is_closing(self) -> bool:
-        return self._hosted.is_closing
-
     def close(self) -> None:
-        self._hosted.close()
+        self.hosted.close()
 
     def abort(self) -> None:
-        self._hosted.abort()
+        self.hosted.abort()
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
-        self._hosted.switch(protocol)
+        self.hosted.switch(protocol)
 
     def get_protocol(self) -> asyncio.BaseProtocol:
-        found: asyncio.BaseProtocol = self._hosted.protocol
+        found: asyncio.BaseProtocol = self.hosted.protocol
         return found
 
     def is_reading(self) -> bool:
-        return not self._hosted.is_closing
+        return not self.hosted.is_closing()
 
     def pause_reading(self) -> None:
-        self._hosted.pause_reading()
+        self.hosted.pause_reading()
 
     def resume_reading(self) -> None:
-        self._hosted.resume_reading()
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        self._hosted.write(data)
+        self.hosted.resume_reading()
 
     def get_write_buffer_size(self) -> int:
-        return len(self._hosted.transport.output)
+        return len(self.hosted.transport.output)
 
     def can_write_eof(self) -> bool:
         return False

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from copyover.messages import Kind, Record
     from copyover.worker.host import Host
+    from copyover.worker.outbox import Outbox
     from copyover.worker.served import Limits
     from copyover.worker.transport import Transport
 
@@ -29,17 +30,22 @@ log = logging.getLogger("copyover.worker")
 HIGH_WATER_BYTES = 64 << 10  # unsent, at which a protocol is asked to write no more; as in asyncio
 LOW_WATER_BYTES = HIGH_WATER_BYTES // 4
 
+# Looked up once, for each request asks for them: before Python 3.12 a member of an enum costs as much as a call.
+_OPEN = Phase.OPEN
+_RUNNING, _ASKED = _GOING = Course.RUNNING, Course.ASKED
+
 
 class Hosted(Served):
     """One connection of a server's protocol objects. It is at a boundary where its protocol can freeze."""
 
     __slots__ = (
-        "_flushing",
         "_host",
         "_is_busy",
         "_is_lost",
         "_is_muted",
         "_is_paused",
+        "_is_waiting",
+        "_outbox",
         "_poke",
         "brought",
         "face",
@@ -56,9 +62,12 @@ class Hosted(Served):
         listener: str,
         limits: Limits,
         host: Host,
+        outbox: Outbox,
     ) -> None:
         super().__init__(loop, transport, cookie=cookie, listener=listener, limits=limits)
         self._host = host
+        self._outbox = outbox
+        self._is_waiting = False  # there
         self.face = Face(self)
         self.protocol: Any = None  # an Adapter, and an asyncio.Protocol
         self.state = self  # its bytes are taken when they are needed
@@ -69,7 +78,6 @@ class Hosted(Served):
         self._is_muted = False
         self._is_lost = False
         self._poke: asyncio.Handle | None = None
-        self._flushing: asyncio.Handle | None = None
 
     # ---- boundaries
 
@@ -77,14 +85,10 @@ class Hosted(Served):
     def is_at_boundary(self) -> bool:
         if self.is_left:
             return True
-        if (
-            self.protocol is None
-            or self._is_busy
-            or self._transport.is_ended
-            or self._transport.phase is not Phase.OPEN
-        ):
+        transport, protocol = self._transport, self.protocol
+        if protocol is None or self._is_busy or transport.is_eof or transport.error is not None:
             return False
-        return self.protocol.can_freeze() is None
+        return transport.phase is _OPEN and protocol.can_freeze() is None
 
     @property
     def reason(self) -> str:
@@ -101,17 +105,21 @@ class Hosted(Served):
 
     def settle(self) -> None:
         """Something has happened: send what is to be sent; if this is a boundary now, do what waits for one."""
-        if self._course not in (Course.RUNNING, Course.ASKED) or self.is_left or self.protocol is None:
+        if self._course not in _GOING or self.is_left or self.protocol is None:
             return
         if self._transport.is_eof and self._may_end:
             self.settle_soon()  # what came whole before the end is fed first
         if not self.is_at_boundary:
             self._flush()
             return
-        self._arrive()  # who arrives last has the input of the whole cut read, its own too: then it settles in there
-        if self._course is Course.ASKED and self.is_at_boundary:
+        if self.on_boundary is not None:
+            self._arrive()  # who arrives last has the input of the whole cut read, its own too: it settles in there
+            if self._course not in _GOING or not self.is_at_boundary:
+                return
+        self._carried = 0
+        if self._course is _ASKED:
             self._halt_and_say()
-        elif self._course is Course.RUNNING and self.is_at_boundary:
+        else:
             self._save_and_flush()
             self._host.cede(self)
 
@@ -122,16 +130,31 @@ class Hosted(Served):
             slot.save_ahead(transport, self.protocol.snapshot)
         self._flush()
         # Where the kernel has not taken all of it, or counts nothing and the use of the socket was marked.
-        if transport.output or (slot is not None and slot.is_touched):
+        if transport.output or (transport.mark is not None and slot is not None and slot.is_touched):
             self._save()
 
     def _flush(self) -> None:
-        self._transport.flush()
-        self._ease()
+        if self._transport.output:
+            self._transport.flush()
+        if self.is_full:
+            self._ease()
+
+    def settle_next(self) -> None:
+        """Settle in the next turn of the loop, with all others that were written to in this one."""
+        if not self._is_waiting:
+            self._is_waiting = True
+            self._outbox.add(self)
+
+    def settle_now(self) -> None:
+        """Settle, for the outbox."""
+        self._is_waiting = False
+        self.settle()
+        if self._transport.input and self._takes_input and not self.protocol.is_busy:
+            self._feed_and_settle()
 
     def settle_soon(self) -> None:
         """Settle once the running callbacks are through: what an application does after its ``send`` belongs to it."""
-        if self._poke is None and self._course in (Course.RUNNING, Course.ASKED):
+        if self._poke is None and self._course in _GOING:
             self._poke = self._loop.call_soon(self._settle_now)
 
     def _settle_now(self) -> None:
@@ -142,10 +165,13 @@ class Hosted(Served):
             self._feed_and_settle()
 
     def _feed_and_settle(self) -> None:
-        self._feed()
-        if self._transport.is_eof and self._may_end:
+        transport = self._transport
+        if transport.input:
+            self._feed()
+        if transport.is_eof and self._may_end:
             self.close()  # as asyncio does where eof_received() returns nothing
-        self.settle()
+        if self.protocol is not None and not self.protocol.is_busy:
+            self.settle()
 
     def ask_to_halt(self, on_halt: Callable[[], None]) -> bool:
         is_halted = super().ask_to_halt(on_halt)
@@ -174,12 +200,13 @@ class Hosted(Served):
     # ---- input
 
     def _changed(self) -> None:
-        if self._transport.error is not None or self._transport.phase is not Phase.OPEN:
-            if self._transport.error is not None:  # never from inside of a write, as in asyncio
-                self._loop.call_soon(self._lose, self._transport.error)
-            return
-        self._ease()
-        self._feed_and_settle()
+        transport = self._transport
+        if transport.error is not None:
+            self._loop.call_soon(self._lose, transport.error)  # never from inside of a write, as in asyncio
+        elif transport.phase is _OPEN:
+            if self.is_full:
+                self._ease()
+            self._feed_and_settle()
 
     @property
     def _may_end(self) -> bool:
@@ -190,34 +217,31 @@ class Hosted(Served):
 
     def _feed(self) -> None:
         """Give the protocol what it takes, one piece after the other; asked to halt, at most up to a boundary."""
-        if self.protocol is None or self._is_busy:
+        if self.protocol is None or self._is_busy or not self._takes_input:
             return
+        transport = self._transport
         self._is_busy = True
-        if self.slot is not None and self._transport.input and not self.slot.is_behind(self._transport):
+        if self.slot is not None and not self.slot.is_behind(transport):
             # The kernel counts nothing when a message is taken that was read before: it must not be served twice.
             self.slot.touch()
         try:
-            while self._takes_input and not self._is_to_halt and self.protocol.feed(self._transport.input):
+            while self.protocol.feed(transport.input) and transport.input and self._takes_input:
                 pass
         except Exception:
             log.exception("connection=%d its protocol failed", self.cookie)
             self.abort()
         finally:
             self._is_busy = False
-        self._transport.consumed()
+        transport.consumed()
 
     @property
     def _takes_input(self) -> bool:
-        is_running = self._course is Course.RUNNING or self._course is Course.ASKED
-        return (
-            is_running and not self._is_paused and bool(self._transport.input) and self._transport.phase is Phase.OPEN
-        )
-
-    @property
-    def _is_to_halt(self) -> bool:
-        """Whether it was asked to, and may: one whose client has gone does not move, and is served to its end."""
-        is_asked = self._course is Course.ASKED and not self._transport.is_ended
-        return is_asked and self.protocol.can_freeze() is None
+        """Not if it was asked to halt, and may: one whose client has gone does not move, and is served to its end."""
+        if self._is_paused or self._transport.phase is not _OPEN:
+            return False
+        if self._course is _RUNNING:
+            return True
+        return self._course is _ASKED and (self._transport.is_ended or self.protocol.can_freeze() is not None)
 
     # ---- what the protocol asks of its transport
 
@@ -225,8 +249,8 @@ class Hosted(Served):
         if self._is_muted or self.is_left:
             return
         self._transport.keep(data)
-        if self._flushing is None:
-            self._flushing = self._loop.call_soon(self._flush_soon)
+        if not self._is_waiting:
+            self.settle_next()
         self.protocol.wrote(data)
         if not self.is_full and len(self._transport.output) > HIGH_WATER_BYTES:
             self.is_full = True
@@ -237,11 +261,6 @@ class Hosted(Served):
         if self.is_full and len(self._transport.output) <= LOW_WATER_BYTES:
             self.is_full = False
             self.protocol.resume_writing()
-
-    def _flush_soon(self) -> None:
-        self._flushing = None
-        if self._transport.output:  # else a boundary has come first
-            self.settle()
 
     def mute(self, *, is_muted: bool) -> None:
         """Discard what is written: the client has it."""
@@ -267,9 +286,8 @@ class Hosted(Served):
             self.kind = kind
             self._host.became(self)
 
-    @property
     def is_closing(self) -> bool:
-        return self.is_left or self._transport.phase is not Phase.OPEN or self._transport.error is not None
+        return self.is_left or self._transport.phase is not _OPEN or self._transport.error is not None
 
     def close(self) -> None:
         """Send what is unsent, then FIN; the protocol hears of it once its bytes are on their way."""
