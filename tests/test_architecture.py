@@ -26,6 +26,7 @@ PURE = {
     "wire",
     "comparison",
     "rows",
+    "entries",
     "ledger",
     "events",
     "holdings",
@@ -57,7 +58,8 @@ ROOMS: dict[str, set[str]] = {
     "sockets": {"slots"},
     # ---- the holder's mind
     "rows": set(),
-    "ledger": {"errors", "messages", "rows"},
+    "entries": {"columns", "errors", "messages", "rows"},
+    "ledger": {"columns", "entries", "errors", "messages"},
     "events": {"messages"},
     "holdings": {"errors", "events", "ledger", "messages"},
     "move": {"events", "holdings", "ledger", "messages"},

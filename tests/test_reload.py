@@ -10,10 +10,11 @@ import pytest
 
 from copyover import events, messages
 from copyover.change import Change, Phase
+from copyover.entries import Standing
 from copyover.errors import IllegalEvent
 from copyover.events import Died, FromWorker, Outcome, StopAsked, TimerFired
 from copyover.holdings import MAX_BACKOFF_S, Holdings, Strength
-from copyover.ledger import Ledger, Standing
+from copyover.ledger import Ledger
 from copyover.messages import Doing, Kind, RecordFlag
 from copyover.move import ROLLING_BATCH, Move
 from copyover.parking import Parking

@@ -16,10 +16,10 @@ import attrs
 
 from copyover import events, messages, process, slots, succession
 from copyover.channel import RETRY_S, Backlog
+from copyover.entries import Standing
 from copyover.errors import ChangeRefused, ChannelClosed, CopyoverError, WireError
 from copyover.holder.hand import Hand, check_lend
 from copyover.holder.recovery import Orphan, SlotFile, is_current, recover
-from copyover.ledger import Standing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
