@@ -98,12 +98,13 @@ ROOMS: dict[str, set[str]] = {
     "holder.crew": {
         *("channel", "config", "entries", "errors", "events", "messages", "process", "release"),
         *("reload", "slots", "succession", "users"),
-        *("holder.hand", "holder.listening", "holder.loop", "holder.recovery"),
+        *("holder.hand", "holder.listening", "holder.loop", "holder.memory", "holder.recovery"),
     },
     "holder.takeover": {
         *("channel", "directory", "errors", "events", "messages", "process", "release", "reunion", "sockets"),
         *("users", "wire", "holder.hand", "holder.recovery"),
     },
+    "holder.memory": set(),
     "holder.health": {"errors", "events", "holder.loop", "process"},
     "holder.control": {"directory", "errors", "succession"},
     "holder.chronicle": set(),

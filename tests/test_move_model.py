@@ -447,6 +447,7 @@ class World:
             if entry.owner == process.number and process.has_slot(entry.cookie, entry.epoch)
         ]
         recovered = {entry.cookie: process.slot_of(entry.cookie) for entry in owned}
+        self.handle(events.Reaped(process.number))
         self.handle(events.Died(process.number, "was killed by SIGKILL", recovered))
 
     def kill(self, worker: int) -> None:
