@@ -26,6 +26,7 @@ PURE = {
     "wire",
     "comparison",
     "rows",
+    "entries",
     "ledger",
     "events",
     "holdings",
@@ -57,13 +58,14 @@ ROOMS: dict[str, set[str]] = {
     "sockets": {"slots"},
     # ---- the holder's mind
     "rows": set(),
-    "ledger": {"errors", "messages", "rows"},
+    "entries": {"columns", "errors", "messages", "rows"},
+    "ledger": {"columns", "entries", "errors", "messages"},
     "events": {"messages"},
-    "holdings": {"errors", "events", "ledger", "messages"},
-    "move": {"events", "holdings", "ledger", "messages"},
+    "holdings": {"entries", "errors", "events", "ledger", "messages"},
+    "move": {"entries", "events", "holdings", "messages"},
     "change": {"events", "move"},
-    "parking": {"events", "holdings", "ledger", "messages"},
-    "reunion": {"events", "holdings", "ledger", "messages"},
+    "parking": {"entries", "events", "holdings", "messages"},
+    "reunion": {"entries", "events", "holdings", "messages"},
     "peace": {"change", "errors", "events", "holdings", "ledger", "messages", "move", "parking"},
     "undoing": {"change", "errors", "events", "messages", "peace"},
     "reload": {
@@ -71,7 +73,7 @@ ROOMS: dict[str, set[str]] = {
     },
     # ---- from one holder to the next
     "succession": {
-        *("change", "config", "errors", "events", "holdings", "ledger", "listeners", "messages", "release", "reload"),
+        *("change", "config", "entries", "errors", "events", "holdings", "listeners", "messages", "release", "reload"),
         *("users", "wire"),
     },
     # ---- the holder
@@ -94,21 +96,22 @@ ROOMS: dict[str, set[str]] = {
         *("succession", "users", "wire", "holder.recovery"),
     },
     "holder.crew": {
-        *("channel", "config", "errors", "events", "ledger", "messages", "process", "release"),
+        *("channel", "config", "entries", "errors", "events", "messages", "process", "release"),
         *("reload", "slots", "succession", "users"),
-        *("holder.hand", "holder.listening", "holder.loop", "holder.recovery"),
+        *("holder.hand", "holder.listening", "holder.loop", "holder.memory", "holder.recovery"),
     },
     "holder.takeover": {
         *("channel", "directory", "errors", "events", "messages", "process", "release", "reunion", "sockets"),
         *("users", "wire", "holder.hand", "holder.recovery"),
     },
+    "holder.memory": set(),
     "holder.health": {"errors", "events", "holder.loop", "process"},
     "holder.control": {"directory", "errors", "succession"},
     "holder.chronicle": set(),
-    "holder.blocking": {"change", "holder.hand", "holdings", "ledger", "reload", "sockets"},
-    "holder.dump": {"change", "holder.chronicle", "holder.hand", "holdings", "ledger", "reload"},
+    "holder.blocking": {"change", "entries", "holder.hand", "holdings", "reload", "sockets"},
+    "holder.dump": {"change", "entries", "holder.chronicle", "holder.hand", "holdings", "reload"},
     "holder.report": {
-        *("errors", "events", "holdings", "ledger", "listeners", "messages", "reload", "sockets"),
+        *("entries", "errors", "events", "holdings", "listeners", "messages", "reload", "sockets"),
         *("holder.blocking", "holder.hand", "holder.listening"),
     },
     "holder.daemon": {

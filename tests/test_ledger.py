@@ -9,8 +9,9 @@ import attrs
 import pytest
 
 from copyover import messages
+from copyover.entries import Entry, Standing
 from copyover.errors import IllegalEvent
-from copyover.ledger import Endings, Entry, Ledger, Standing
+from copyover.ledger import Endings, Ledger
 from copyover.messages import Kind, Record, RecordFlag
 
 if TYPE_CHECKING:
@@ -139,10 +140,10 @@ def test_what_its_own_coroutine_goes_on_with_is_no_record() -> None:
     """It is told so, and how long it has waited; another is given what was frozen."""
     ledger = freezing()
     frozen(ledger, ONE, 0, Record(kind=Kind.HTTP, halted_ns=7, state=b"newest"))
-    ((own, place),) = ledger.records_for([C], ONE)
-    assert own.record(place) == Record(flags=RecordFlag.UNSERVED, halted_ns=7)
-    ((other, place),) = ledger.records_for([C], TWO)
-    assert other.record(place) == entry(ledger).record
+    (own,) = ledger.records_for([C], ONE)
+    assert own.record_of(C) == Record(flags=RecordFlag.UNSERVED, halted_ns=7)
+    (other,) = ledger.records_for([C], TWO)
+    assert other.record_of(C) == entry(ledger).record
 
 
 def test_an_adoption_by_the_origin_leaves_it_unserved_by_others() -> None:
@@ -239,7 +240,7 @@ def test_an_ending_names_all_copies() -> None:
     """The replacement's staged one, and the origin's frozen one, never that of who serves it."""
     assert release(freezing(), ONE, C).copies == [(TWO, C)]
     assert release(adopted(), TWO, C, epoch=1).copies == [(ONE, C)]
-    assert parked().lose([C]).copies == [(ONE, C), (TWO, C)]
+    assert parked().lose([C]).copies == [(TWO, C), (ONE, C)]
 
 
 def test_a_row_is_another_connections_once_it_is_free() -> None:

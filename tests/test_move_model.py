@@ -19,8 +19,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from copyover import events, ledger, messages, reload, wire
+from copyover import events, messages, reload, wire
 from copyover.change import Phase
+from copyover.entries import Standing
 from copyover.errors import IllegalEvent
 from copyover.holdings import Strength
 from copyover.worker import agent, effects
@@ -468,6 +469,7 @@ class World:
             if entry.owner == process.number and process.has_slot(entry.cookie, entry.epoch)
         ]
         recovered = {entry.cookie: process.slot_of(entry.cookie) for entry in owned}
+        self.handle(events.Reaped(process.number))
         self.handle(events.Died(process.number, "was killed by SIGKILL", recovered))
 
     def kill(self, worker: int) -> None:
@@ -748,7 +750,7 @@ class World:
 
     def check_owned(self, cookie: int, owner: Process) -> None:
         entry = self.machine.ledger.entry(cookie)
-        assert (entry.owner, entry.standing, entry.has_passage) == (owner.number, ledger.Standing.SERVED, False)
+        assert (entry.owner, entry.standing, entry.has_passage) == (owner.number, Standing.SERVED, False)
         assert self.descriptors[entry.descriptor] == cookie
         assert self.truths[cookie].listener in self.known[owner.generation]
         assert owner.locals[cookie].version == self.truths[cookie].version

@@ -10,10 +10,11 @@ import pytest
 
 from copyover import events, messages
 from copyover.change import Change, Phase
+from copyover.entries import Standing
 from copyover.errors import IllegalEvent
 from copyover.events import Died, FromWorker, Outcome, StopAsked, TimerFired
 from copyover.holdings import MAX_BACKOFF_S, Holdings, Strength
-from copyover.ledger import Ledger, Standing
+from copyover.ledger import Ledger
 from copyover.messages import Doing, Kind, RecordFlag
 from copyover.move import ROLLING_BATCH, Move
 from copyover.parking import Parking
@@ -256,6 +257,7 @@ def every_event() -> list[events.Event]:
     deaths: list[events.Event] = [
         Died(worker, "was killed", found) for worker in (1, 2) for found in ({}, {10: record, 11: None})
     ]
+    deaths += [events.Reaped(1), events.Reaped(2)]
     bake: list[events.Event] = [events.Checked(None), events.Checked("exited with 1"), events.CancelAsked("cancelled")]
     return [*from_workers, *lends, *timers, *reloads, *deaths, *bake, StopAsked(3.0)]
 
@@ -266,7 +268,7 @@ def test_an_illegal_event_changes_nothing(phase: Phase) -> None:
     illegal = 0
     for event in every_event():
         machine = in_phase(phase).machine
-        if isinstance(event, Died) and event.worker not in machine.holdings.workers:
+        if isinstance(event, (Died, events.Reaped)) and event.worker not in machine.holdings.workers:
             continue  # only the living die
         before = picture(machine)
         try:
@@ -1507,6 +1509,29 @@ def test_a_fresh_worker_that_cannot_read_what_was_left_costs_the_connection() ->
     story.says(fresh, READY)
     story.refused(fresh, 10, epoch=1)
     assert story.of(events.Reset) == [events.Reset((1010,))]
+
+
+def test_the_next_worker_boots_while_what_is_left_is_looked_at() -> None:
+    """It is started once the worker is reaped, and once only; what was left finds it in whatever order they come."""
+    story = Story()
+    story.lend(1, 10)
+    story.handle(events.Reaped(1))
+    assert [spawn.worker for spawn in story.of(events.Spawn)] == [2]
+    story.handle(Died(1, "was killed", {10: messages.Record(schema=1, state=b"left")}))
+    assert story.of(events.Spawn) == []
+    story.says(2, READY)
+    assert story.sent_one(2, messages.Thaw).state == (b"left",)
+    assert story.machine.holdings.counters["restarts"] == 1
+
+
+def test_what_retires_or_boots_is_not_followed_by_another_when_it_is_reaped() -> None:
+    """The one is not needed any more; of the other its death tells, with the reason."""
+    for phase in Phase:
+        story = in_phase(phase)
+        for worker in list(story.machine.holdings.workers.values()):
+            if phase is not Phase.SERVING or worker.strength is not Strength.READY:
+                story.handle(events.Reaped(worker.id))
+                assert story.effects == []
 
 
 def test_a_reload_waits_for_what_is_being_resumed_and_takes_along_what_is_parked() -> None:

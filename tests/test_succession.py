@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from copyover import events, messages, succession
 from copyover.change import Phase
 from copyover.config import Config
+from copyover.entries import Entry
 from copyover.errors import ChangeRefused
 from copyover.events import Quotas
 from copyover.holdings import Holdings, Strength, Worker
-from copyover.ledger import Entry, Ledger
+from copyover.ledger import Ledger
 from copyover.listeners import Address, parse
 from copyover.release import Release
 from copyover.reload import Machine

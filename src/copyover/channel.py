@@ -35,6 +35,7 @@ _MFD_NOEXEC_SEAL = 8  # Linux 6.3; older kernels answer EINVAL. memfd_create(2)
 _ANCILLARY_BYTES = socket.CMSG_SPACE((messages.MAX_DESCRIPTORS + 1) * array.array("i").itemsize)
 # ETOOMANYREFS: more descriptors of this user are in flight than its soft NOFILE. unix(7)
 _SCARCITY = frozenset({errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS})
+_CTRUNC, _TRUNC = int(socket.MSG_CTRUNC), int(socket.MSG_TRUNC)  # an enum's & takes longer than the recvmsg
 RETRY_S = 0.02
 
 
@@ -216,9 +217,9 @@ def pair() -> tuple[socket.socket, socket.socket]:
 
 
 def _check_flags(flags: int, arrived: int) -> None:
-    if flags & socket.MSG_CTRUNC:
+    if flags & _CTRUNC:
         raise TruncatedPacket(f"the kernel dropped descriptors of a packet; {arrived} arrived")
-    if flags & socket.MSG_TRUNC:
+    if flags & _TRUNC:
         raise WireError(f"a packet is longer than {MAX_PACKET_BYTES} bytes and its header")
 
 

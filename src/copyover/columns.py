@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar, overload
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     Numbers = array.array[int]
 else:
@@ -103,9 +103,11 @@ def equal(column: Sequence[object], other: object) -> bool:
     return all(map(operator.eq, column, other))
 
 
-def pick(values: Sequence[T], places: Sequence[int]) -> Sequence[T]:
-    """Return the rows at *places*."""
-    return tuple([values[place] for place in places])
+def picker(places: Sequence[int]) -> Callable[[Sequence[T]], tuple[T, ...]]:
+    """Return what takes the rows at *places* out of a column."""
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    return lambda column: tuple([column[place] for place in places])
 
 
 def join(parts: Sequence[Sequence[T]]) -> Sequence[T]:

@@ -73,6 +73,13 @@ class FromWorker:
 
 
 @attrs.frozen
+class Reaped:
+    """The worker is dead, and its channel is read to the end; what it left is looked at next, and a Died follows."""
+
+    worker: int
+
+
+@attrs.frozen
 class Died:
     """
     The worker is reaped and its channel is read to the end.
@@ -155,7 +162,7 @@ class StopAsked:
     drain_s: float
 
 
-Event = Reload | Reunited | CancelAsked | FromWorker | Died | Checked | TimerFired | StopAsked
+Event = Reload | Reunited | CancelAsked | FromWorker | Reaped | Died | Checked | TimerFired | StopAsked
 
 
 # ---- effects

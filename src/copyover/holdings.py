@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from copyover import events, messages
+from copyover.entries import Standing
 from copyover.errors import IllegalEvent
-from copyover.ledger import Ledger, Standing
+from copyover.ledger import Ledger
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from copyover.ledger import Case, Endings
+    from copyover.entries import Case
+    from copyover.ledger import Endings
 
 ROOM = 0.95  # what was full accepts again below that share
 MAX_BACKOFF_S = 30.0
@@ -374,15 +376,11 @@ class Holdings:
         """Give a worker the records of parked connections that it has built; with *is_cut* they wait for their cut."""
         records = self.ledger.records_for(cookies, target)
         epochs = self.ledger.thaw(cookies, target)
-        cut = int(messages.RecordFlag.CUT)
-        wanted = cut if is_cut else 0
         start = 0
-        for packet in messages.record_packets(records):
+        for packet in records:
             end = start + packet.rows
-            columns = packet.columns() | {"flags": tuple([flags & ~cut | wanted for flags in packet.flags])}
-            self.send(
-                target, messages.Thaw(cookie=tuple(cookies[start:end]), epoch=tuple(epochs[start:end]), **columns)
-            )
+            columns = packet.columns() | {"flags": packet.flagged(is_cut=is_cut)}
+            self.send(target, messages.Thaw(epoch=tuple(epochs[start:end]), **columns))
             start = end
         if not is_cut:
             self.send(target, messages.Enter(cut=False))
@@ -441,6 +439,8 @@ class Holdings:
 
     def close_without_listener(self, cookies: Sequence[int]) -> list[int]:
         """Close those whose listener a roll-back took away; return the others."""
+        if not self.withdrawn:
+            return list(cookies)
         listeners = self.ledger.column("listener", cookies)
         self.close([cookie for cookie, at in zip(cookies, listeners, strict=True) if at in self.withdrawn])
         return [cookie for cookie, at in zip(cookies, listeners, strict=True) if at not in self.withdrawn]
@@ -461,8 +461,10 @@ class Holdings:
         return True
 
 
-def spread(cookies: Iterable[int], loads: Mapping[int, int]) -> dict[int, list[int]]:
+def spread(cookies: Sequence[int], loads: Mapping[int, int]) -> dict[int, list[int]]:
     """Say who is to take which, so that those with the smallest *loads* take the most; who takes none is left out."""
+    if len(loads) == 1:
+        return {next(iter(loads)): list(cookies)} if cookies else {}
     heap = [(load, place, worker) for place, (worker, load) in enumerate(loads.items())]
     heapq.heapify(heap)
     shares: dict[int, list[int]] = {}

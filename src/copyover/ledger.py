@@ -9,84 +9,35 @@ from __future__ import annotations
 
 import array
 import collections
-import enum
-import itertools
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import attrs
 
+from copyover.columns import picker
+from copyover.entries import CODES, STANDINGS, Entries, Standing
 from copyover.errors import IllegalEvent
-from copyover.messages import MAX_ROWS, Kind, Record, RecordFlag, Records, record_chunks, record_columns
-from copyover.rows import Rows
+from copyover.messages import (
+    MAX_ROWS,
+    Adopted,
+    Became,
+    Cede,
+    Frozen,
+    Kind,
+    Record,
+    Records,
+    Refused,
+    Release,
+    record_chunks,
+    record_columns,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 
-    from copyover.messages import Adopted, Became, Cede, Frozen, Refused, Release
+    from copyover.entries import Entry
 
-T = TypeVar("T")
-Column = Literal["cookie", "descriptor", "listener", "owner", "epoch", "kind"]
-
-
-class Standing(enum.Enum):
-    """What the holder knows of a connection. All transitions are methods of the Ledger."""
-
-    SERVED = "served"  # its owner serves it
-    FREEZING = "freezing"  # its owner was asked to stop at a boundary
-    PARKED = "parked"  # nobody serves it; the record is here
-    THAWING = "thawing"  # its owner was given the record and has not said that it serves
-
-
-_STANDINGS = tuple(Standing)
-_CODES = {standing: code for code, standing in enumerate(_STANDINGS)}
-_NOBODY: frozenset[int] = frozenset()
-_SERVED, _FREEZING, _PARKED, _THAWING = _CODES.values()
-
-
-@attrs.frozen
-class Entry:
-    """One connection, as the ledger has it at this moment; from *staged_in* on it is noted only on its way."""
-
-    cookie: int
-    descriptor: int
-    listener: int
-    owner: int
-    epoch: int = 0
-    kind: Kind = Kind.HANDLER
-    standing: Standing = Standing.SERVED
-    staged_in: int = 0  # the worker that has built it, paused; 0 is none
-    origin: int = 0  # the worker whose coroutine still waits for it; 0 is none
-    was_adopted: bool = False  # somebody else than its origin has served it since
-    record: Record | None = None  # what the last freeze gave, until somebody serves it again
-    is_ceded: bool = False  # its origin retires, and takes it back only if nobody else can serve it
-    kept_because: str | None = None
-    pushed: Sequence[tuple[int, bytes]] = ()  # acts of others while nobody had it
-    unfit: frozenset[int] = frozenset()  # the workers that gave the record back
-    since_s: float = 0.0  # when it came to stand as it does
-
-    @property
-    def is_given(self) -> bool:
-        """Its owner has the record, and has not said since that it serves."""
-        return self.record is not None and self.standing is not Standing.PARKED
-
-    @property
-    def has_passage(self) -> bool:
-        """Whether anything is noted of it that is of its way only."""
-        numbers = (self.staged_in, self.origin, self.was_adopted, self.is_ceded, self.since_s)
-        return any(numbers) or any((self.record, self.kept_because, self.pushed, self.unfit))
-
-
-class Case(NamedTuple):
-    """What decides where a connection goes next: those of one case go the same way."""
-
-    listener: int
-    owner: int
-    kind: int
-    staged_in: int
-    origin: int
-    is_kept: bool
-    is_ceded: bool
-    unfit: frozenset[int]
+Said = TypeVar("Said", Became, Release, Frozen, Refused, Adopted, Cede)
+_SERVED, _FREEZING, _PARKED, _THAWING = CODES.values()
 
 
 @attrs.frozen
@@ -98,161 +49,57 @@ class Endings:
     copies: Sequence[tuple[int, int]]
 
 
-class Ledger:
+class Ledger(Entries):
     """All live connections, and the tombstones of those that ended during the move."""
 
     def __init__(self) -> None:
-        self._rows = Rows()
-        self._descriptor = self._rows.column("i")
-        self._listener = self._rows.column("I")
-        self._owner = self._rows.column("I")
-        self._epoch = self._rows.column("I")
-        self._kind = self._rows.column("B")
-        self._standing = self._rows.column("B")
-        self._staged_in = self._rows.column("I")
-        self._origin = self._rows.column("I")
-        self._was_adopted = self._rows.column("B")
-        self._since_s = self._rows.column("d")
+        super().__init__()
         self._of_passage = self._staged_in, self._origin, self._was_adopted, self._since_s
-        # What few have, by cookie. A record is a batch, and the place in it.
-        self.records: dict[int, tuple[Records, int]] = {}
-        self.pushed: dict[int, list[tuple[int, bytes]]] = {}
-        self.kept_because: dict[int, str] = {}
-        self._unfit: dict[int, frozenset[int]] = {}
-        self._ceded: dict[int, None] = {}
         self.tombstones: set[int] = set()
         self.is_moving = False
         self.now_s = 0.0  # of the event that is being handled; for since_s only
-        self.owned: collections.Counter[int] = collections.Counter()
-
-    # ---- what there is
-
-    def __len__(self) -> int:
-        return len(self._rows.places)
-
-    def __contains__(self, cookie: int) -> bool:
-        return cookie in self._rows.places
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._rows.places)
-
-    def find(self, *standings: Standing, owners: Container[int] | None = None) -> list[int]:
-        """Return those that stand so, or anyhow, and are of *owners*, or of anybody."""
-        codes = {_CODES[standing] for standing in standings or Standing}
-        standing, owner = self._standing, self._owner
-        return [
-            cookie
-            for cookie, row in self._rows.places.items()
-            if standing[row] in codes and (owners is None or owner[row] in owners)
-        ]
-
-    def of(self, cookies: Iterable[int], standing: Standing) -> list[int]:
-        """Return those of *cookies* that have not ended and stand so."""
-        places, standings, code = self._rows.places, self._standing, _CODES[standing]
-        return [cookie for cookie in cookies if cookie in places and standings[places[cookie]] == code]
-
-    def parked(self) -> list[int]:
-        """Return all that nobody serves."""
-        return self.of(self.records, Standing.PARKED)
-
-    def column(self, name: Column, cookies: Iterable[int]) -> list[int]:
-        """Return one number of each."""
-        if name == "cookie":
-            return list(cookies)
-        column: array.array[int] = getattr(self, f"_{name}")
-        return list(map(column.__getitem__, self._rows.of(cookies)))
-
-    def standing(self, cookie: int) -> Standing:
-        code: int = self._standing[self._rows.places[cookie]]
-        return _STANDINGS[code]
-
-    def entry(self, cookie: int) -> Entry:
-        """
-        Return what there is to know of one.
-
-        Raises:
-            KeyError: it is not in the ledger.
-
-        """
-        row = self._rows.places[cookie]
-        return Entry(
-            cookie=cookie,
-            descriptor=self._descriptor[row],
-            listener=self._listener[row],
-            owner=self._owner[row],
-            epoch=self._epoch[row],
-            kind=Kind(self._kind[row]),
-            standing=_STANDINGS[self._standing[row]],
-            staged_in=self._staged_in[row],
-            origin=self._origin[row],
-            was_adopted=bool(self._was_adopted[row]),
-            record=self.record(cookie),
-            is_ceded=cookie in self._ceded,
-            kept_because=self.kept_because.get(cookie),
-            pushed=tuple(self.pushed.get(cookie, ())),
-            unfit=self._unfit.get(cookie, frozenset()),
-            since_s=self._since_s[row],
-        )
-
-    def entries(self) -> Iterator[Entry]:
-        return map(self.entry, list(self))
-
-    def record(self, cookie: int) -> Record | None:
-        """Return what it is to be gone on with from, while nobody serves it."""
-        batch, place = self.records.get(cookie, (None, 0))
-        return None if batch is None else batch.record(place)
-
-    def sort(self, cookies: Sequence[int], decide: Callable[[Case], T]) -> dict[T, list[int]]:
-        """Put those together for whose cases *decide* says the same; it is asked once a case."""
-        rows = self._rows.of(cookies)
-        columns = (self._listener, self._owner, self._kind, self._staged_in, self._origin)
-        keys = list(
-            zip(  # noqa: B905  # the last may be without end
-                *(map(column.__getitem__, rows) for column in columns),
-                map(self.kept_because.__contains__, cookies),
-                map(self._ceded.__contains__, cookies),
-                (self._unfit.get(cookie, _NOBODY) for cookie in cookies) if self._unfit else itertools.repeat(_NOBODY),
-            )
-        )
-        decided = {key: decide(Case(*key)) for key in dict.fromkeys(keys)}
-        if len(decided) == 1:
-            return {that: list(cookies) for that in decided.values()}
-        sorted_by: dict[T, list[int]] = {}
-        for cookie, key in zip(cookies, keys, strict=True):
-            sorted_by.setdefault(decided[key], []).append(cookie)
-        return sorted_by
 
     # ---- checks
 
-    def _check(self, worker: int, cookies: Sequence[int], epochs: Sequence[int], *standings: Standing) -> Sequence[int]:
+    def _check(self, worker: int, said: Said, *standings: Standing) -> tuple[Said, Sequence[int]]:
         """
-        See that *worker* may say this of all of them; return the places of those that have not ended meanwhile.
+        See that *worker* may say this of all of them; return it without those that have ended meanwhile, and the rows.
 
         Raises:
             IllegalEvent: one is not its own, not in such a standing, at another epoch, or named twice.
 
         """
+        cookies = tuple(said.cookie)
         if len(set(cookies)) != len(cookies):
             raise IllegalEvent(f"worker {worker} named a connection twice in one message")
-        places: Sequence[int] = range(len(cookies))
-        if not self.tombstones.isdisjoint(cookies):
-            places = [place for place, cookie in enumerate(cookies) if cookie not in self.tombstones]
-        codes = {_CODES[standing] for standing in standings}
-        for place in places:
-            row = self._rows.places.get(cookies[place], -1)
-            if row < 0:
-                raise IllegalEvent(f"connection {cookies[place]} is not in the ledger")
+        if self.tombstones and not self.tombstones.isdisjoint(cookies):
+            said = said.only([place for place, cookie in enumerate(cookies) if cookie not in self.tombstones])
+            cookies = tuple(said.cookie)
+        try:
+            rows = self._rows.of(cookies)
+        except KeyError as unknown:
+            raise IllegalEvent(f"connection {unknown} is not in the ledger") from None
+        at, codes = picker(rows), {CODES[standing] for standing in standings}
+        is_own = set(at(self._owner)) <= {worker} and codes.issuperset(at(self._standing))
+        if not is_own or at(self._epoch) != tuple(said.epoch):
+            self._complain(worker, zip(cookies, said.epoch, rows, strict=True), codes)
+        return said, rows
+
+    def _complain(self, worker: int, said: Iterable[tuple[int, int, int]], codes: Container[int]) -> None:
+        """
+        Name the first of which a worker may not speak, or not so: by cookie, epoch and row.
+
+        Raises:
+            IllegalEvent: always.
+
+        """
+        for cookie, epoch, row in said:
             if self._owner[row] != worker or self._standing[row] not in codes:
-                raise IllegalEvent(
-                    f"worker {worker} spoke of connection {cookies[place]}, "
-                    f"{_STANDINGS[self._standing[row]].value} by worker {self._owner[row]}"
-                )
-            if self._epoch[row] != epochs[place]:
-                raise IllegalEvent(
-                    f"worker {worker} spoke of connection {cookies[place]} at epoch {epochs[place]}, "
-                    f"not {self._epoch[row]}"
-                )
-        return places
+                standing, owner = self.standing(cookie).value, self._owner[row]
+                raise IllegalEvent(f"worker {worker} spoke of connection {cookie}, {standing} by worker {owner}")
+            if self._epoch[row] != epoch:
+                due = self._epoch[row]
+                raise IllegalEvent(f"worker {worker} spoke of connection {cookie} at epoch {epoch}, not {due}")
 
     @staticmethod
     def _check_kinds(worker: int, kinds: Sequence[int]) -> None:
@@ -260,7 +107,7 @@ class Ledger:
         if unknown:
             raise IllegalEvent(f"worker {worker} serves a connection as {min(unknown)}, which is no kind")
 
-    def _rows_standing(self, cookies: Sequence[int], *standings: Standing) -> list[int]:
+    def _rows_standing(self, cookies: Sequence[int], *standings: Standing) -> Sequence[int]:
         """
         Return the rows of *cookies*.
 
@@ -269,10 +116,9 @@ class Ledger:
 
         """
         rows = self._rows.of(cookies)
-        codes = {_CODES[standing] for standing in standings}
-        found = set(map(self._standing.__getitem__, rows))
-        if not found <= codes:
-            raise IllegalEvent(f"a connection of {len(rows)} is {_STANDINGS[min(found - codes)].value}")
+        wrong = set(picker(rows)(self._standing)).difference([CODES[standing] for standing in standings])
+        if wrong:
+            raise IllegalEvent(f"one of {len(rows)} connections is {STANDINGS[min(wrong)].value}")
         return rows
 
     def _stand(self, rows: Iterable[int], code: int) -> None:
@@ -341,11 +187,11 @@ class Ledger:
         """
         self.lend(entry.owner, [entry.cookie], [entry.descriptor], [entry.listener], [entry.kind])
         row = self._rows.places[entry.cookie]
-        self._epoch[row], self._standing[row] = entry.epoch, _CODES[entry.standing]
+        self._epoch[row], self._standing[row] = entry.epoch, CODES[entry.standing]
         self._staged_in[row], self._origin[row] = entry.staged_in, entry.origin
         self._was_adopted[row] = entry.was_adopted
         if entry.record is not None:
-            self._keep_records([entry.cookie], Records(**record_columns([entry.record])))
+            self.records[entry.cookie] = Records(cookie=(entry.cookie,), **record_columns([entry.record]))
         if entry.is_ceded:
             self._ceded[entry.cookie] = None
 
@@ -357,11 +203,9 @@ class Ledger:
             IllegalEvent: one is not its own, or an unknown kind.
 
         """
-        served = Standing.SERVED, Standing.FREEZING
-        message = message.only(self._check(worker, message.cookie, message.epoch, *served))
+        message, rows = self._check(worker, message, Standing.SERVED, Standing.FREEZING)
         self._check_kinds(worker, message.kind)
-        for row, kind in zip(self._rows.of(message.cookie), message.kind, strict=True):
-            self._kind[row] = kind
+        self._name_kinds(rows, message.kind)
 
     def release(self, worker: int, message: Release) -> tuple[Release, Endings]:
         """
@@ -371,15 +215,14 @@ class Ledger:
             IllegalEvent: one is not its own.
 
         """
-        owned = Standing.SERVED, Standing.FREEZING, Standing.THAWING
-        message = message.only(self._check(worker, message.cookie, message.epoch, *owned))
+        message, _ = self._check(worker, message, Standing.SERVED, Standing.FREEZING, Standing.THAWING)
         return message, self.lose(message.cookie)
 
     def lose(self, cookies: Sequence[int]) -> Endings:
         """They have ended, or nobody can serve them any more."""
         rows = self._rows.of(cookies)
-        descriptors = list(map(self._descriptor.__getitem__, rows))
-        copies = [pair for cookie, row in zip(cookies, rows, strict=True) for pair in self._copies(cookie, row)]
+        descriptors = list(picker(rows)(self._descriptor))
+        copies = self._copies(cookies, rows)
         self._disown(rows)
         if self.is_moving:
             self.tombstones.update(cookies)
@@ -387,14 +230,17 @@ class Ledger:
         self._rows.remove(cookies)
         return Endings(cookies, descriptors, copies)
 
-    def _copies(self, cookie: int, row: int) -> list[tuple[int, int]]:
-        """Name who has a copy and does not serve it; of what is parked its last owner has one, too."""
-        serving = 0 if self._standing[row] == _PARKED else self._owner[row]
-        copies = {self._staged_in[row], self._origin[row]}.difference((0, serving))
-        return [(worker, cookie) for worker in sorted(copies)]
+    def _copies(self, cookies: Sequence[int], rows: Sequence[int]) -> list[tuple[int, int]]:
+        """Name who has copies and does not serve them; of what is parked its last owner has one, too."""
+        at = picker(rows)
+        copies = []
+        for cookie, row, *workers in zip(cookies, rows, at(self._staged_in), at(self._origin), strict=True):
+            serving = 0 if self._standing[row] == _PARKED else self._owner[row]
+            copies += [(worker, cookie) for worker in dict.fromkeys(workers) if worker not in (0, serving)]
+        return copies
 
     def _disown(self, rows: Sequence[int]) -> None:
-        for worker, number in collections.Counter(map(self._owner.__getitem__, rows)).items():
+        for worker, number in collections.Counter(picker(rows)(self._owner)).items():
             self.owned[worker] -= number
 
     # ---- on their way
@@ -405,11 +251,10 @@ class Ledger:
 
     def stage(self, cookies: Sequence[int], worker: int) -> None:
         """They are built in *worker*, if they are in no other yet."""
-        now_s = self.now_s
+        staged_in, since_s, now_s = self._staged_in, self._since_s, self.now_s
         for row in self._rows.of(cookies):
-            if not self._staged_in[row]:
-                self._staged_in[row] = worker
-            self._since_s[row] = now_s
+            staged_in[row] = staged_in[row] or worker
+            since_s[row] = now_s
 
     def unstage(self, cookies: Iterable[int], workers: Container[int]) -> list[tuple[int, int]]:
         """Forget where they are built, if it is in *workers*; return who is to drop them."""
@@ -421,11 +266,6 @@ class Ledger:
                 self._staged_in[row] = 0
         return copies
 
-    def without_copy(self, cookies: Sequence[int], worker: int) -> list[int]:
-        """Return those of which *worker* has nothing: neither built, nor waiting in its coroutine."""
-        staged_in, origin, rows = self._staged_in, self._origin, self._rows.of(cookies)
-        return [c for c, row in zip(cookies, rows, strict=True) if worker not in (staged_in[row], origin[row])]
-
     def freeze(self, cookies: Sequence[int]) -> list[int]:
         """
         Their owners are asked to stop; return the epochs at which.
@@ -436,7 +276,7 @@ class Ledger:
         """
         rows = self._rows_standing(cookies, Standing.SERVED, Standing.THAWING)
         self._stand(rows, _FREEZING)
-        return list(map(self._epoch.__getitem__, rows))
+        return list(picker(rows)(self._epoch))
 
     def frozen(self, worker: int, message: Frozen) -> Frozen:
         """
@@ -446,21 +286,31 @@ class Ledger:
             IllegalEvent: one is not its own, was not asked for, or is of an unknown kind.
 
         """
-        message = message.only(self._check(worker, message.cookie, message.epoch, Standing.FREEZING))
+        message, rows = self._check(worker, message, Standing.FREEZING)
         self._check_kinds(worker, message.kind)
-        rows = self._rows.of(message.cookie)
-        for cookie, row, kind in zip(message.cookie, rows, message.kind, strict=True):
-            self._kind[row] = kind
-            if cookie in self.records:  # it gives back what it was given: there is no coroutine of it
-                self._staged_in[row] = worker
-            elif not self._origin[row]:  # the coroutine that can go on after a roll-back is the first that stopped
-                self._origin[row] = worker
-        self._keep_records(message.cookie, message)
+        self._note_origin(worker, message.cookie, rows)
+        self._name_kinds(rows, message.kind)
+        self.records.update(dict.fromkeys(message.cookie, message))
         self._stand(rows, _PARKED)
         return message
 
-    def _keep_records(self, cookies: Sequence[int], batch: Records) -> None:
-        self.records.update(zip(cookies, zip(itertools.repeat(batch), range(batch.rows)), strict=True))
+    def _note_origin(self, worker: int, cookies: Sequence[int], rows: Sequence[int]) -> None:
+        """Who gives back what it was given has no coroutine of it; else the first that stopped it can go on with it."""
+        if self.records.keys().isdisjoint(cookies):
+            given: set[int] = set()
+        else:
+            given = {row for cookie, row in zip(cookies, rows, strict=True) if cookie in self.records}
+        staged_in, origin = self._staged_in, self._origin
+        for row in rows:
+            if row in given:
+                staged_in[row] = worker
+            elif not origin[row]:
+                origin[row] = worker
+
+    def _name_kinds(self, rows: Sequence[int], kinds: Sequence[int]) -> None:
+        if picker(rows)(self._kind) != tuple(kinds):
+            for row, kind in zip(rows, kinds, strict=True):
+                self._kind[row] = kind
 
     def refuse(self, worker: int, message: Refused, *standings: Standing) -> tuple[list[int], list[int]]:
         """
@@ -470,7 +320,7 @@ class Ledger:
             IllegalEvent: one is not its own, or in none of *standings*.
 
         """
-        message = message.only(self._check(worker, message.cookie, message.epoch, *standings))
+        message, _ = self._check(worker, message, *standings)
         kept, given_back = [], []
         for cookie, reason in zip(message.cookie, message.reason, strict=True):
             self.kept_because[cookie] = reason.decode(errors="replace")
@@ -497,11 +347,12 @@ class Ledger:
         rows = self._rows_standing(cookies, Standing.PARKED)
         self._disown(rows)
         self.owned[worker] += len(rows)
+        owner, epoch = self._owner, self._epoch
         for row in rows:
-            self._owner[row] = worker
-            self._epoch[row] += 1
+            owner[row] = worker
+            epoch[row] += 1
         self._stand(rows, _THAWING)
-        return list(map(self._epoch.__getitem__, rows))
+        return list(picker(rows)(epoch))
 
     def adopt(self, worker: int, message: Adopted) -> tuple[Adopted, Adopted]:
         """
@@ -511,15 +362,20 @@ class Ledger:
             IllegalEvent: one was not given to it.
 
         """
-        message = message.only(self._check(worker, message.cookie, message.epoch, Standing.THAWING, Standing.FREEZING))
-        rows = self._rows.of(message.cookie)
-        for cookie, row in zip(message.cookie, rows, strict=True):
+        message, rows = self._check(worker, message, Standing.THAWING, Standing.FREEZING)
+        for cookie in message.cookie:
             self.records.pop(cookie, None)
-            if self._origin[row] != worker:
-                self._was_adopted[row] = True
-        thawing = [place for place, row in enumerate(rows) if self._standing[row] == _THAWING]
-        self._stand([rows[place] for place in thawing], _SERVED)  # of the others the answer to the freeze follows
-        return message, message.only(thawing)
+        origin, was_adopted = self._origin, self._was_adopted
+        for row in rows:
+            if origin[row] != worker:
+                was_adopted[row] = True
+        served = message
+        standings = picker(rows)(self._standing)
+        if _FREEZING in standings:  # the answer to that freeze follows
+            thawing = [place for place, standing in enumerate(standings) if standing == _THAWING]
+            served, rows = message.only(thawing), picker(thawing)(rows)
+        self._stand(rows, _SERVED)
+        return message, served
 
     def cede(self, worker: int, message: Cede) -> Cede:
         """
@@ -529,15 +385,14 @@ class Ledger:
             IllegalEvent: one is not its own, or is of an unknown kind.
 
         """
-        message = message.only(self._check(worker, message.cookie, message.epoch, Standing.SERVED))
+        message, rows = self._check(worker, message, Standing.SERVED)
         self._check_kinds(worker, message.kind)
-        rows = self._rows.of(message.cookie)
         self.forget(message.cookie)
-        for row, kind in zip(rows, message.kind, strict=True):
-            self._kind[row] = kind
+        self._name_kinds(rows, message.kind)
+        for row in rows:
             self._origin[row] = worker
         self._ceded.update(dict.fromkeys(message.cookie))
-        self._keep_records(message.cookie, message)
+        self.records.update(dict.fromkeys(message.cookie, message))
         self._stand(rows, _PARKED)
         return message
 
@@ -568,45 +423,20 @@ class Ledger:
         """Take over what a dead worker served, from its last boundary; what it was, only the ledger tells."""
         cookies, found = list(records), list(records.values())
         rows = self._rows.of(cookies)
+        kinds = picker(rows)(self._kind)
         for cut in record_chunks(found, MAX_ROWS):
-            kinds = tuple([self._kind[row] for row in rows[cut]])
-            batch = Records(**(record_columns(found[cut]) | {"kind": kinds}))
-            self._keep_records(cookies[cut], batch)
+            batch = Records(**(record_columns(found[cut]) | {"kind": kinds[cut], "cookie": tuple(cookies[cut])}))
+            self.records.update(dict.fromkeys(batch.cookie, batch))
         for row in rows:
             self._was_adopted[row] = True
         self._stand(rows, _PARKED)
-
-    def records_for(self, cookies: Sequence[int], worker: int) -> list[tuple[Records, int]]:
-        """
-        Return what *worker* is to go on from: records, or with UNSERVED its own coroutines.
-
-        Raises:
-            IllegalEvent: there is no record of one.
-
-        """
-        try:
-            found = list(map(self.records.__getitem__, cookies))
-        except KeyError as missing:
-            raise IllegalEvent(f"connection {missing} is without a record") from None
-        unserved = [place for place, cookie in enumerate(cookies) if self.is_unserved(cookie, worker)]
-        own = [batch.record(place) for batch, place in map(found.__getitem__, unserved)]
-        own = [Record(flags=record.flags | RecordFlag.UNSERVED, halted_ns=record.halted_ns) for record in own]
-        batch = Records(**record_columns(own))
-        for number, place in enumerate(unserved):
-            found[place] = batch, number
-        return found
-
-    def is_unserved(self, cookie: int, worker: int) -> bool:
-        """Whether *worker* froze it and nobody has served it since: its very coroutine can go on."""
-        row = self._rows.places[cookie]
-        return self._origin[row] == worker and not self._was_adopted[row]
 
     # ---- forgetting
 
     def forget_others(self, cookies: Sequence[int]) -> list[tuple[int, int]]:
         """They stay with their owners: return who is to drop copies."""
         rows = self._rows.of(cookies)
-        copies = [pair for cookie, row in zip(cookies, rows, strict=True) for pair in self._copies(cookie, row)]
+        copies = self._copies(cookies, rows)
         for row in rows:
             self._staged_in[row] = self._origin[row] = 0
         return copies

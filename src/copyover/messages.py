@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import attrs
 
-from copyover.columns import Blobs, join, pick
+from copyover.columns import Blobs, Column, join, picker
 from copyover.errors import WireError
 
 if TYPE_CHECKING:
@@ -123,7 +123,8 @@ class Message:
 
     @property
     def rows(self) -> int:
-        return next((len(getattr(self, name)) for name in self._row_fields()), 0)
+        fields = self._row_fields()
+        return len(getattr(self, fields[0])) if fields else 0
 
     @classmethod
     @functools.cache
@@ -132,10 +133,8 @@ class Message:
 
     def only(self, places: Sequence[int]) -> Self:
         """Return the message with the rows at *places*, in that order."""
-        whole = range(self.rows)
-        if places == whole or list(places) == list(whole):
-            return self
-        return attrs.evolve(self, **{name: pick(getattr(self, name), places) for name in self._row_fields()})
+        pick = picker(places)
+        return attrs.evolve(self, **{name: pick(getattr(self, name)) for name in self._row_fields()})
 
 
 @attrs.frozen(kw_only=True)
@@ -151,21 +150,31 @@ class Records(Message):
     unread: Sequence[bytes] = blob()
     unsent: Sequence[bytes] = blob()
     state: Sequence[bytes] = blob()
+    cookie: Sequence[int] = column("Q")  # whose they are
 
     def records(self) -> Iterator[Record]:
         return map(Record, *(getattr(self, name) for name in RECORD_FIELDS))
 
+    def record_of(self, cookie: int) -> Record:
+        place = self.cookie.index(cookie)
+        return Record(*(getattr(self, name)[place] for name in RECORD_FIELDS))
+
     def columns(self) -> dict[str, Sequence[Any]]:
         """Return the records as keyword arguments of another message that carries them."""
-        return {name: getattr(self, name) for name in RECORD_FIELDS}
+        return {name: getattr(self, name) for name in ("cookie", *RECORD_FIELDS)}
 
-    def record(self, place: int) -> Record:
-        return Record(*(getattr(self, name)[place] for name in RECORD_FIELDS))
+    def flagged(self, *, is_cut: bool) -> Sequence[int]:
+        """Return the flags, with CUT or without."""
+        return Column("B", bytes(self.flags).translate(_WITH_CUT if is_cut else _WITHOUT_CUT))
 
     @property
     def size_bytes(self) -> int:
         """Return how many bytes all blobs have together."""
-        return sum(sum(Blobs.of(getattr(self, name)).sizes) for name in ("unread", "unsent", "state"))
+        return sum(len(Blobs.of(blobs).joined) for blobs in (self.unread, self.unsent, self.state))
+
+
+_WITHOUT_CUT = bytes(flags & ~RecordFlag.CUT for flags in range(256))
+_WITH_CUT = bytes(flags | RecordFlag.CUT for flags in range(256))
 
 
 def record_chunks(records: Sequence[Record], most_rows: int) -> Iterator[slice]:
@@ -180,17 +189,15 @@ def record_chunks(records: Sequence[Record], most_rows: int) -> Iterator[slice]:
         yield slice(start, len(records))
 
 
-def record_packets(rows: Sequence[tuple[Records, int]]) -> Iterator[Records]:
+def record_packets(cookies: Sequence[int], batches: Sequence[Records]) -> Iterator[Records]:
     """
-    Put rows of batches together again, in their order, as packets of at most MAX_ROWS rows and about 64 MiB.
+    Return the records of *cookies*, each out of its batch, as packets of at most MAX_ROWS rows and about 64 MiB.
 
-    A batch of which all rows are wanted, one after the other, is passed on as it is, however large it came.
+    A batch of which all are wanted, one after the other, is passed on as it is, however large it came.
     """
     waiting: list[Records] = []
     number = size_bytes = 0
-    for _, chosen in itertools.groupby(rows, key=lambda row: id(row[0])):
-        (batch, first), *others = chosen
-        part = batch.only([first, *[place for _, place in others]])
+    for part in _parts(cookies, batches):
         number, size_bytes = number + part.rows, size_bytes + part.size_bytes
         if waiting and (number > MAX_ROWS or size_bytes > MAX_CHUNK_BYTES):
             yield _joined(waiting)
@@ -200,10 +207,24 @@ def record_packets(rows: Sequence[tuple[Records, int]]) -> Iterator[Records]:
         yield _joined(waiting)
 
 
+def _parts(cookies: Sequence[int], batches: Sequence[Records]) -> Iterator[Records]:
+    start = 0
+    for _, run in itertools.groupby(map(id, batches)):  # to compare them would be to compare all their rows
+        end = start + len(list(run))
+        batch, wanted = batches[start], cookies[start:end]
+        if tuple(batch.cookie) == tuple(wanted):
+            yield batch
+        else:
+            places = {cookie: place for place, cookie in enumerate(batch.cookie)}
+            yield batch.only([places[cookie] for cookie in wanted])
+        start = end
+
+
 def _joined(parts: Sequence[Records]) -> Records:
     if len(parts) == 1:
         return parts[0]
-    return Records(**{name: join([getattr(part, name) for part in parts]) for name in RECORD_FIELDS})
+    columns = [part.columns() for part in parts]
+    return Records(**{name: join([column[name] for column in columns]) for name in columns[0]})
 
 
 def record_columns(records: Sequence[Record]) -> dict[str, Sequence[Any]]:
@@ -293,7 +314,6 @@ class Frozen(Records):
 
     KIND: ClassVar[int] = 8
     batch: int = rare(int)
-    cookie: Sequence[int] = column("Q")
     epoch: Sequence[int] = column("I")
 
 
@@ -373,7 +393,6 @@ class View(Records):
 
     KIND: ClassVar[int] = 14
     CARRIES_DESCRIPTORS: ClassVar[bool] = True
-    cookie: Sequence[int] = column("Q")
     epoch: Sequence[int] = column("I")
     listener: Sequence[int] = column("H")
     standing: Sequence[int] = column("B")
@@ -402,7 +421,6 @@ class Cede(Records):
     """A retiring worker gives up what it had kept: at a boundary now, it stopped there. Who serves is to take it."""
 
     KIND: ClassVar[int] = 17
-    cookie: Sequence[int] = column("Q")
     epoch: Sequence[int] = column("I")
 
 
@@ -482,7 +500,6 @@ class Thaw(Records):
     """Take these over from their records; build, and serve nothing before enter."""
 
     KIND: ClassVar[int] = 38
-    cookie: Sequence[int] = column("Q")
     epoch: Sequence[int] = column("I")
 
 

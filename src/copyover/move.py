@@ -12,15 +12,15 @@ import itertools
 from typing import TYPE_CHECKING
 
 from copyover import messages
+from copyover.entries import Standing
 from copyover.holdings import chunks, spread
-from copyover.ledger import Standing
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
+    from copyover.entries import Case
     from copyover.events import FromWorker, Reload
     from copyover.holdings import Burial, Holdings, Worker
-    from copyover.ledger import Case
 
 ROLLING_BATCH = 64
 ROLLING_WINDOW = 2
@@ -250,9 +250,10 @@ class Move:
     def place(self, parked: Sequence[int]) -> None:
         """Give parked connections to whom the direction wants; nobody alive, they stay; nobody fit, they are lost."""
         listened = self._holdings.close_without_listener(parked)
-        closed = set(parked).difference(listened)
-        self.closed |= closed
-        self._settled(closed)
+        if len(listened) < len(parked):
+            closed = set(parked).difference(listened)
+            self.closed |= closed
+            self._settled(closed)
         for target, cookies in self._ledger.sort(listened, self._destination).items():
             if target is not None:
                 self.open.update(cookies)
@@ -298,7 +299,7 @@ class Move:
     def _settled(self, cookies: Collection[int]) -> None:
         """Their passage is over; the incumbents that they left may freeze others."""
         self.open.difference_update(cookies)
-        left = collections.Counter(self._left.pop(cookie, 0) for cookie in cookies)
+        left = collections.Counter(map(self._left.pop, cookies, itertools.repeat(0)))
         self._between.subtract(left)
         for incumbent in left:
             if not self.is_backwards and self._holdings.is_alive(incumbent):

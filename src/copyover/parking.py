@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from copyover import messages
+from copyover.entries import Standing
 from copyover.holdings import Strength, spread
-from copyover.ledger import Standing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

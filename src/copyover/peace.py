@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from copyover.change import Change
-    from copyover.events import Died, Event, FromWorker, Reload, StopAsked
+    from copyover.events import Died, Event, FromWorker, Reaped, Reload, StopAsked
     from copyover.holdings import Worker
     from copyover.ledger import Ledger
     from copyover.move import Move
@@ -119,6 +119,13 @@ class Peace:
         """No change hangs on it; if it is going, its death will tell."""
         reason = messages.expect(event.message, messages.Failed).reason
         self.holdings.note("failed", worker=event.worker, reason=reason)
+
+    def _reaped(self, event: Reaped) -> None:
+        """Who is to go on with what it left boots while that is looked at."""
+        worker = self.holdings.workers[event.worker]
+        if worker.strength is Strength.READY:
+            worker.strength = Strength.DYING
+            self.holdings.restore_strength()
 
     def _died_in_peace(self, event: Died) -> None:
         worker = self._bury_and_park(event)

@@ -46,6 +46,7 @@ class Child:
     def __init__(self, pid: int, pidfd: int) -> None:
         self.pid = pid
         self._pidfd = pidfd
+        self.is_reaped = False
         _children.add(pid)
 
     def fileno(self) -> int:
@@ -53,6 +54,8 @@ class Child:
 
     def kill(self) -> None:
         """SIGKILL it; the pidfd names it even when its number is reused."""
+        if self.is_reaped:
+            return
         try:
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         except ProcessLookupError:
@@ -83,6 +86,7 @@ class Child:
             ended = None
             _wait_readable(self._pidfd)
         os.close(self._pidfd)
+        self.is_reaped = True
         _children.discard(self.pid)
         if ended is None:
             return "ended"

@@ -24,6 +24,7 @@ from copyover.events import (
     Event,
     FromWorker,
     Outcome,
+    Reaped,
     Reload,
     Reunited,
     StopAsked,
@@ -367,6 +368,7 @@ class Machine(Undoing):
         **dict.fromkeys(itertools.product(_CHANGING, [messages.Release]), _release_in_change),
         **dict.fromkeys(itertools.product(_CHANGING, [Reload]), Peace._busy),
         **dict.fromkeys(itertools.product(Phase, [CancelAsked, Checked]), Peace._void),  # of a change that has ended
+        **dict.fromkeys(itertools.product(Phase, [Reaped]), Peace._void),  # a Died follows
         # -------------------------------- serving
         (Phase.SERVING, Reload): _reload,
         (Phase.SERVING, Reunited): _reunite,
@@ -375,6 +377,7 @@ class Machine(Undoing):
         (Phase.SERVING, messages.Failed): Peace._failed_alone,
         (Phase.SERVING, messages.Adopted): Peace._adopted_in_peace,
         (Phase.SERVING, messages.Refused): Peace._refused_in_peace,
+        (Phase.SERVING, Reaped): Peace._reaped,
         (Phase.SERVING, Died): Peace._died_in_peace,
         # -------------------------------- booting
         (Phase.BOOTING, StopAsked): Undoing._stop_instead,

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import attrs
 
 from copyover import messages
+from copyover.entries import Entry, Standing
 from copyover.events import Close
 from copyover.holdings import Strength, Worker
-from copyover.ledger import Entry, Standing
 from copyover.messages import Doing, Kind
 
 if TYPE_CHECKING:

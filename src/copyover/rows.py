@@ -7,12 +7,13 @@ It knows no meaning of any. A connection costs some 130 bytes so, and makes no o
 from __future__ import annotations
 
 import array
+import operator
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection, Iterable, Sequence
 
 _BLOCK = 256  # rows that are added at a time
 
@@ -32,7 +33,7 @@ class Rows:
         self._columns.append(made)
         return made
 
-    def of(self, cookies: Iterable[int]) -> list[int]:
+    def of(self, cookies: Collection[int]) -> Sequence[int]:
         """
         Return the rows of *cookies*.
 
@@ -40,7 +41,10 @@ class Rows:
             KeyError: one has none.
 
         """
-        return list(map(self.places.__getitem__, cookies))
+        if len(cookies) > 1:
+            found: Sequence[int] = operator.itemgetter(*cookies)(self.places)
+            return found
+        return [self.places[cookie] for cookie in cookies]
 
     def add(self, cookies: Collection[int]) -> list[int]:
         """Give each of *cookies*, none of which has one, a row of zeros."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import enum
 import struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import attrs
 
@@ -233,26 +233,23 @@ def read(slot: bytes | memoryview) -> tuple[int, Content] | None:
     half_bytes = _half_bytes(len(slot))
     start = PREFIX_BYTES + (sequence & 1) * half_bytes
     written, received, sent, epoch, flags, schema, *lengths = _HALF.unpack_from(slot, start)
-    left_out = flags & _LEFT_OUT_UNREAD, flags & _LEFT_OUT_UNSENT, flags & _LEFT_OUT_STATE
-    held = [0 if out else length for out, length in zip(left_out, lengths, strict=True)]
-    if written != sequence or flags & ~_KNOWN_FLAGS or sum(held) > half_bytes - _HALF.size:
+    unread_bytes, unsent_bytes, state_bytes = lengths
+    state_at = start + _HALF.size
+    unsent_at = state_at + (0 if flags & _LEFT_OUT_STATE else state_bytes)
+    unread_at = unsent_at + (0 if flags & _LEFT_OUT_UNSENT else unsent_bytes)
+    end = unread_at + (0 if flags & _LEFT_OUT_UNREAD else unread_bytes)
+    if written != sequence or flags & ~_KNOWN_FLAGS or end > start + half_bytes:
         return None
-    blobs: list[bytes | None] = []
-    at = start + _HALF.size
-    for out, length in reversed(tuple(zip(left_out, held, strict=True))):
-        blobs.append(None if out else bytes(slot[at : at + length]))
-        at += length
-    state, unsent, unread = blobs
     return cookie, Content(
         epoch=epoch,
         flags=flags & KEPT_FLAGS,
         schema=schema,
         received=received,
         sent=sent,
-        unread=unread,
-        unsent=unsent,
-        unsent_bytes=lengths[1],
-        state=state,
+        unread=None if flags & _LEFT_OUT_UNREAD else bytes(slot[unread_at:end]),
+        unsent=None if flags & _LEFT_OUT_UNSENT else bytes(slot[unsent_at:unread_at]),
+        unsent_bytes=unsent_bytes,
+        state=None if flags & _LEFT_OUT_STATE else bytes(slot[state_at:unsent_at]),
         is_touched=bool(word & TOUCHED),
     )
 
@@ -293,8 +290,7 @@ _OUR_FIN = frozenset({TcpState.FIN_WAIT1, TcpState.FIN_WAIT2, TcpState.CLOSING, 
 _THEIR_FIN = frozenset({TcpState.CLOSE_WAIT, TcpState.CLOSING, TcpState.LAST_ACK})
 
 
-@attrs.frozen
-class Counters:
+class Counters(NamedTuple):
     """How many bytes applications have read and written since a TCP connection was accepted."""
 
     read: int

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from copyover.slots import Counters
 
 _SO_COOKIE = 57  # asm-generic/socket.h; socket(7) does not have it yet
+_COOKIE, _INT = struct.Struct("Q"), struct.Struct("i")
+# As plain numbers: these are asked of thousands of sockets, and an enum costs more than the system call.
+_AF_INET, _SOCK_STREAM = int(socket.AF_INET), int(socket.SOCK_STREAM)
+_SOL_SOCKET, _SO_PROTOCOL, _IPPROTO_TCP = socket.SOL_SOCKET, socket.SO_PROTOCOL, int(socket.IPPROTO_TCP)
 _TCP_INFO = struct.Struct("=B119xQQ")  # state, bytes_acked, bytes_received; linux/tcp.h
 _SIOCINQ, _SIOCOUTQ = 0x541B, 0x5411  # tcp(7), Ioctls
 _READINGS = 1000  # a client that sends all the time changes the counts between two of them
@@ -43,9 +47,9 @@ _DROP_PURE_SYNS = b"".join(
 )
 
 
-def cookie_of(sock: socket.socket) -> int:
+def cookie_of(sock: socket.SocketType) -> int:
     """Return SO_COOKIE: the connection's identity for this boot, equal in every process that holds it."""
-    value: int = struct.unpack("Q", sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8))[0]
+    value: int = _COOKIE.unpack(sock.getsockopt(_SOL_SOCKET, _SO_COOKIE, 8))[0]
     return value
 
 
@@ -57,12 +61,17 @@ def cookie_of_descriptor(descriptor: int) -> int:
         OSError: it is no socket (ENOTSOCK).
 
     """
-    # Family and type given: nothing is asked of the kernel to make this object, and getsockopt needs neither.
-    borrowed = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fileno=descriptor)
+    borrowed = _borrow(descriptor)
     try:
         return cookie_of(borrowed)
     finally:
         borrowed.detach()
+
+
+def _borrow(descriptor: int) -> socket.SocketType:
+    """Return an object for a getsockopt or two, to be detached; of socket.socket, half the time is spent on enums."""
+    # Family and type given: nothing is asked of the kernel to make this object, and getsockopt needs neither.
+    return socket.SocketType(_AF_INET, _SOCK_STREAM, 0, descriptor)
 
 
 def counters_of(descriptor: int) -> Counters | None:
@@ -77,11 +86,11 @@ def counters_of(descriptor: int) -> Counters | None:
         OSError: it is no TCP socket, or it never stood still.
 
     """
-    borrowed = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fileno=descriptor)
+    borrowed = _borrow(descriptor)
     try:
-        if borrowed.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN) == socket.AF_UNIX:
-            return None
-        if borrowed.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL) != socket.IPPROTO_TCP:
+        if borrowed.getsockopt(_SOL_SOCKET, _SO_PROTOCOL) != _IPPROTO_TCP:
+            if borrowed.getsockopt(_SOL_SOCKET, socket.SO_DOMAIN) == socket.AF_UNIX:
+                return None
             raise OSError(errno.EPROTONOSUPPORT, "it is no TCP socket")  # the counts of MPTCP are one subflow's
         before = _tcp_info(borrowed)
         for _ in range(_READINGS):
@@ -96,14 +105,14 @@ def counters_of(descriptor: int) -> Counters | None:
     raise OSError(errno.EAGAIN, "its counts never stood still")
 
 
-def _tcp_info(sock: socket.socket) -> tuple[int, int, int]:
-    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+def _tcp_info(sock: socket.SocketType) -> tuple[int, int, int]:
+    info = sock.getsockopt(_IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
     state, acked, arrived = _TCP_INFO.unpack(info)
     return state, acked, arrived
 
 
 def _queued(descriptor: int, request: int) -> int:
-    value: int = struct.unpack("i", fcntl.ioctl(descriptor, request, b"\0\0\0\0"))[0]
+    value: int = _INT.unpack(fcntl.ioctl(descriptor, request, b"\0\0\0\0"))[0]
     return value
 
 

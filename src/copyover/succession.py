@@ -22,10 +22,10 @@ from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, overrid
 from copyover import wire
 from copyover.change import Phase
 from copyover.config import Config  # noqa: TC001  # cattrs reads the annotations
+from copyover.entries import Column, Standing
 from copyover.errors import ChangeRefused, IllegalEvent
 from copyover.events import Quotas  # noqa: TC001  # cattrs reads the annotations
 from copyover.holdings import Holdings, Strength, Worker
-from copyover.ledger import Column, Standing
 from copyover.listeners import Address  # noqa: TC001  # the same
 from copyover.messages import Hello  # noqa: TC001  # the same
 from copyover.release import Release  # noqa: TC001  # the same

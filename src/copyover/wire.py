@@ -28,6 +28,7 @@ MAX_BODY_BYTES = 1 << 30  # what a peer may make us read out of a memfd
 
 HEADER = struct.Struct("<2sBBIIHH")  # magic, version, kind, rows, bytes of JSON, descriptors, flags
 MAGIC = b"co"
+_encode_json = json.JSONEncoder(separators=(",", ":")).encode  # dumps would make such an object for each message
 _BYTES = {code: struct.calcsize(f"<{code}") for code in "BHIQ"}
 FLAG_MEMFD = 1  # the body is in a sealed memfd, the last descriptor of the packet
 
@@ -86,13 +87,13 @@ def encode(message: Message, *, descriptors: int = 0, version: int = WIRE_VERSIO
 
     """
     layout = _LAYOUTS[type(message)]
-    rows = message.rows
+    rows = len(getattr(message, layout.row_fields[0])) if layout.row_fields else 0
     if descriptors != (rows if message.CARRIES_DESCRIPTORS else 0):
         raise WireError(f"{type(message).__name__} of {rows} rows cannot travel with {descriptors} descriptors")
     rare = b""
     if layout.rare:
         values = {name: getattr(message, name) for name, _ in layout.rare}
-        rare = json.dumps(values, separators=(",", ":")).encode()
+        rare = _encode_json(values).encode()
     columns = [_column(message, name, code) for name, code in layout.columns]
     blobs = [Blobs.of(getattr(message, name)) for name in layout.blobs]
     for name, column in zip(layout.row_fields, [*columns, *blobs], strict=True):

@@ -10,17 +10,17 @@ import heapq
 from typing import TYPE_CHECKING, Any
 
 from copyover.change import Phase
+from copyover.entries import Standing
 from copyover.holdings import Strength
-from copyover.ledger import Standing
 from copyover.sockets import peer_of_descriptor
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from copyover.change import Change
+    from copyover.entries import Entry
     from copyover.holder.hand import Hand
     from copyover.holdings import Worker
-    from copyover.ledger import Entry
     from copyover.reload import Machine
 
 SHOWN = 10

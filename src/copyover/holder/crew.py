@@ -16,10 +16,11 @@ import attrs
 
 from copyover import events, messages, process, slots, succession
 from copyover.channel import RETRY_S, Backlog
+from copyover.entries import Standing
 from copyover.errors import ChangeRefused, ChannelClosed, CopyoverError, WireError
+from copyover.holder import memory
 from copyover.holder.hand import Hand, check_lend
 from copyover.holder.recovery import Orphan, SlotFile, is_current, recover
-from copyover.ledger import Standing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -235,7 +236,7 @@ class Crew:
 
     def _kill(self, hand: Hand) -> None:
         hand.child.kill()
-        if not hand.is_unreapable and self._loop.deadline_s(f"reap {hand.worker}") is None:
+        if not hand.child.is_reaped and not hand.is_unreapable and self._loop.deadline_s(f"reap {hand.worker}") is None:
             self._loop.set_timer(f"reap {hand.worker}", REAP_S, lambda: self._report_unreapable(hand))
 
     def _report_unreapable(self, hand: Hand) -> None:
@@ -263,7 +264,9 @@ class Crew:
             with contextlib.suppress(WireError, ChangeRefused):
                 self._take_packet(hand, packet)
                 self._settle()
+        self._tell(events.Reaped(hand.worker))
         self._settle()
+        self._loop.fire_due("spawn ")  # the next interpreter boots while we look at what is left
         self._note_last_words(hand)
         words = hand.in_words(how)
         if hand.tail is not None:
@@ -275,14 +278,17 @@ class Crew:
         self._tell(events.Died(hand.worker, words, recovered, ended))
         self._settle()
         process.reap_orphans()
+        self._loop.set_timer("memory", memory.AFTER_S, memory.give_back)
 
     def _recover(self, hand: Hand) -> tuple[dict[int, messages.Record | None], frozenset[int]]:
         """Say what its slots and the kernel tell of what it had; of the first few that are reset, why."""
         ledger = self._machine.ledger
         cookies = ledger.find(Standing.SERVED, Standing.FREEZING, Standing.THAWING, owners=(hand.worker,))
         descriptors = dict(zip(cookies, ledger.column("descriptor", cookies), strict=True))
-        policies = map(self._policy, ledger.column("listener", cookies))
-        orphans = list(map(Orphan, cookies, ledger.column("epoch", cookies), descriptors.values(), policies))
+        listeners = ledger.column("listener", cookies)
+        policies = {listener: self._policy(listener) for listener in set(listeners)}
+        on_crash = map(policies.__getitem__, listeners)
+        orphans = list(map(Orphan, cookies, ledger.column("epoch", cookies), descriptors.values(), on_crash))
         found = recover(hand.slots.fileno(), orphans)
         recovered: dict[int, messages.Record | None] = dict(found.records)
         reset: dict[int, str] = {}

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from copyover.change import Change
+    from copyover.entries import Entry
     from copyover.holder.hand import Hand
     from copyover.holdings import Worker
-    from copyover.ledger import Entry
     from copyover.reload import Machine
 
 MOST_DUMPS = 10

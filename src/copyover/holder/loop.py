@@ -36,11 +36,7 @@ class Loop:
             if self.is_watched(key.fileobj):  # an earlier event of this turn may have closed it
                 key.data()
             self._between()
-        now_s = time.monotonic()
-        for name, (deadline_s, fire) in list(self._timers.items()):
-            if deadline_s <= now_s and self.deadline_s(name) == deadline_s:
-                del self._timers[name]
-                fire()
+        self.fire_due()
         self._between()
 
     # ---- descriptors
@@ -66,6 +62,14 @@ class Loop:
     def set_timer(self, name: str, after_s: float, fire: Callable[[], None]) -> None:
         """Call *fire* once; a timer of the same name is replaced."""
         self._timers[name] = (time.monotonic() + after_s, fire)
+
+    def fire_due(self, prefix: str = "") -> None:
+        """Call what is due of the timers whose names begin with *prefix*."""
+        now_s = time.monotonic()
+        for name, (deadline_s, fire) in list(self._timers.items()):
+            if name.startswith(prefix) and deadline_s <= now_s and self.deadline_s(name) == deadline_s:
+                del self._timers[name]
+                fire()
 
     def cancel_timer(self, name: str) -> bool:
         """Take a timer back; True if it was set."""

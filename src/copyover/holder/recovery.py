@@ -102,6 +102,8 @@ def recover(descriptor: int, orphans: Iterable[Orphan]) -> Recovered:
     kernel does not confirm; one that cannot be read is one without slots.
     """
     rows = {orphan.cookie: orphan for orphan in orphans}
+    if not rows:
+        return Recovered()  # its file may have many megabytes
     contents = _contents(descriptor, rows.keys())
     now_ns = time.monotonic_ns()
     return _sorted({cookie: _judge(row, contents.get(cookie), now_ns) for cookie, row in rows.items()})

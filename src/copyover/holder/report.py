@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from copyover.entries import Standing
 from copyover.errors import AddressInUse, BadAddress, PermissionRefused
 from copyover.events import Outcome, Result
 from copyover.holder.blocking import blocked_by
 from copyover.holdings import Strength
-from copyover.ledger import Standing
 from copyover.messages import Kind
 from copyover.sockets import cookie_of, network_of, place_of_descriptor, plight_of_descriptor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from copyover.entries import Entry
     from copyover.holder.hand import Hand
     from copyover.holder.listening import Changes
     from copyover.holdings import Worker
-    from copyover.ledger import Entry
     from copyover.listeners import Listener
     from copyover.reload import Machine
 
