@@ -443,18 +443,38 @@ def test_a_cut_is_entered_together_with_the_shared_state_first() -> None:
 
 
 def test_a_cut_is_adopted_when_all_of_it_are_in() -> None:
-    """The pause of each ends there; until then it can be given back or end, and is not adopted then."""
+    """The pause of each ends there; what ends before was never adopted."""
     agent = staged(1, 2, 3)
     agent.handle(thaw(1, 2, 3, flags=RecordFlag.CUT, halted_ns=1_000_000))
     agent.handle(messages.Enter(cut=True), 2_000_000)
     assert set(standings(agent).values()) == {Standing.THAWED}
     agent.ended({2: messages.How.CLOSED})
-    export = one(agent.handle(freeze(3, epoch=1)), effects.Export)
-    agent.exported(export, records_of(3), {})
-    adopted = messages.Adopted(cookie=(1,), epoch=(1,), pause_us=(5000,))
+    adopted = messages.Adopted(cookie=(1, 3), epoch=(1, 1), pause_us=(5000, 5000))
     assert agent.entered([1, 2, 3], 6_000_000) == [effects.Send(adopted)]
-    assert standings(agent) == {1: Standing.SERVING, 3: Standing.FROZEN}
+    assert set(standings(agent).values()) == {Standing.SERVING}
     assert agent.entered([1, 2, 3], 7_000_000) == []
+
+
+def test_who_is_asked_back_while_he_enters_stops_at_a_boundary() -> None:
+    """His handler may be in the middle of its top, and others may have pushed to him: the record has to be whole."""
+    agent = staged(1, 2)
+    agent.handle(thaw(1, 2, flags=RecordFlag.CUT, halted_ns=1_000_000))
+    agent.handle(messages.Enter(cut=True), 2_000_000)
+    found = agent.handle(freeze(1, batch=9, epoch=1), 3_000_000)
+    assert sent(found) == [messages.Adopted(cookie=(1,), epoch=(1,), pause_us=(2000,))]
+    assert one(found, effects.Halt) == effects.Halt(9, (1,))
+    assert standings(agent) == {1: Standing.FREEZING, 2: Standing.THAWED}
+
+
+def test_who_enters_when_the_holder_dies_is_served_here() -> None:
+    """A new holder finds no half-entered handler: nobody waits for its word."""
+    agent = staged(1, 2)
+    agent.handle(thaw(1, flags=RecordFlag.CUT))
+    agent.handle(thaw(2))
+    agent.handle(messages.Enter(cut=True))
+    agent.orphaned()
+    assert standings(agent) == {1: Standing.SERVING, 2: Standing.THAWED}
+    assert agent.entered([1], 5) == []
 
 
 def test_a_pause_never_overflows_and_never_is_negative() -> None:

@@ -198,6 +198,9 @@ class Process:
     def ask_to_halt(self, cookie: int) -> bool:
         local = self.locals[cookie]
         local.course = Course.HALTED if local.is_at_boundary else Course.ASKED
+        if not local.is_at_boundary:  # it was being entered, perhaps: what was pushed to it leaves when all are in
+            self.world.truths[cookie].received += local.output
+            local.output.clear()
         return local.is_at_boundary
 
     def export(self, asked: effects.Export) -> None:
@@ -239,7 +242,7 @@ class Process:
 
     def enter_cut(self) -> None:
         """The last of them has reached its top's boundary; those that are not here any more are somebody else's."""
-        here = [cookie for cookie in self.cut if cookie in self.locals]
+        here = [cookie for cookie in self.cut if cookie in self.locals and self.locals[cookie].course is Course.INERT]
         self.cut = ()
         self.perform(self.agent.entered(here, 1_000))
         self.enter_all(here)
@@ -339,7 +342,6 @@ class Process:
         """Tell a new holder everything."""
         records = {}
         for cookie in self.agent.waiting():
-            self.cut = tuple([one for one in self.cut if one != cookie])  # its record is taken
             records[cookie] = attrs.evolve(self.record_of(self.locals[cookie]), halted_ns=500)
         told = self.agent.recalled(records, dict.fromkeys(self.locals, 0))
         return [packed(effect.message, effect.cookies) for effect in told if isinstance(effect, effects.Send)]
@@ -597,7 +599,7 @@ class World:
                     found += [("become", number, cookie, kind) for kind in BECOMES[local.kind]]
                 if process.may_cede(cookie):
                     found.append(("cede", number, cookie))
-                if local.course is not Course.INERT:
+                if local.course is not Course.INERT or cookie in process.cut:
                     found += [("end", number, cookie), ("push", number, cookie)]
             if not self.is_orphaned:  # else it raises Moved
                 found += [("push", number, cookie) for cookie in process.departed if self.truths[cookie].is_live]

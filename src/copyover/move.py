@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from copyover.events import FromWorker, Reload
     from copyover.holdings import Burial, Holdings, Worker
 
-ROLLING_BATCH = 64
+ROLLING_BATCH = 32
 ROLLING_WINDOW = 2
 ANYWHERE = 0  # no worker has that number
 

@@ -229,7 +229,9 @@ class Agent:
 
     # ---- freezing
 
-    def _freeze(self, message: messages.Freeze, _: int) -> list[Effect]:
+    def _freeze(self, message: messages.Freeze, now_ns: int) -> list[Effect]:
+        # Who is at its top has no record that is whole, and others may have pushed to it: it stops at a boundary.
+        adopted = self.entered([cookie for cookie in message.cookie if self._is_entering(cookie)], now_ns)
         is_cut = message.gather_ms > 0
         running, thawed = [], []
         for cookie, epoch in zip(message.cookie, message.epoch, strict=True):
@@ -243,7 +245,7 @@ class Agent:
                 thawed.append(cookie)
             else:
                 raise IllegalEvent(f"connection {cookie} is to be frozen where it is {seat.standing.value}")
-        effects: list[Effect] = []
+        effects = adopted
         if running:
             self._waiting[message.batch] = running
             effects.append(SetTimer(f"wait {message.batch}", message.wait_ms / 1000))
@@ -458,6 +460,10 @@ class Agent:
             effects += self.entered(cookies, now_ns)
         return [*effects, Serve(cookies, message.cut)]
 
+    def _is_entering(self, cookie: int) -> bool:
+        seat = self._thawed.get(cookie)
+        return seat is not None and seat.is_entering
+
     def entered(self, cookies: Iterable[int], now_ns: int) -> list[Effect]:
         """Say of these that they are served; before the first byte of any is read or written."""
         rows = [(cookie, seat) for cookie in cookies if (seat := self._thawed.pop(cookie, None)) is not None]
@@ -484,6 +490,7 @@ class Agent:
         was given nothing yet is of no use to anybody.
         """
         self._has_holder = False
+        entering = self.entered([cookie for cookie in self._thawed if self._is_entering(cookie)], now_ns=0)
         self._gathering = None
         self._waiting.clear()
         asked = (Standing.FREEZING, Standing.HALTED)
@@ -493,7 +500,7 @@ class Agent:
             self.seats[cookie].standing = Standing.SERVING
         for cookie in staged:
             del self.seats[cookie]
-        effects: list[Effect] = [LetGoOn(staying), Discard(staged), MoveEnds()]
+        effects: list[Effect] = [*entering, LetGoOn(staying), Discard(staged), MoveEnds()]
         if not (self.is_committed or self.seats or self._tombstones):
             return [*effects, Retire(0.0)]
         return [*effects, Accept(is_on=True)] if self.is_committed and not self.is_leaving else effects
@@ -510,8 +517,6 @@ class Agent:
         self._has_holder = True
         self._acked = self._staged = 0
         self.unacked.clear()
-        for seat in self._thawed.values():
-            seat.is_entering = False  # they wait for the new holder's word
         rows = [
             (cookie, seat, records.get(cookie) or messages.Record(kind=seat.kind))
             for cookie, seat in self.seats.items()
