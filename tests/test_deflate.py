@@ -19,7 +19,7 @@ MESSAGES = st.lists(st.lists(st.sampled_from(WORDS) | st.binary(max_size=20), ma
 
 
 def negotiated(*, remote: bool = False, local: bool = False, remote_bits: int = 12, local_bits: int = 12) -> Deflate:
-    return Deflate(PerMessageDeflate(remote, local, remote_bits, local_bits, SETTINGS))
+    return Deflate.of(PerMessageDeflate(remote, local, remote_bits, local_bits, SETTINGS))
 
 
 def client_of(server: PerMessageDeflate) -> PerMessageDeflate:

@@ -149,8 +149,10 @@ class WebSocket(Adapter, WebSocketsSansIOProtocol):
 
     def handle_connect(self, event: Request) -> None:
         super().handle_connect(event)
+        if self._is_again:
+            return  # what was negotiated is in its state
         self.conn.extensions = [
-            Deflate(one) if isinstance(one, PerMessageDeflate) else one for one in self.conn.extensions
+            Deflate.of(one) if isinstance(one, PerMessageDeflate) else one for one in self.conn.extensions
         ]
 
     async def _enter(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
@@ -295,6 +297,7 @@ class WebSocket(Adapter, WebSocketsSansIOProtocol):
         restored = json.loads(app_state)
         self._visit, self._extension = Visit.again(restored, name=said["name"], version=said["version"])
         self._is_again = True
+        self.conn.available_extensions = None  # not to negotiate once more: to make a compressor takes ten microseconds
         self.data_received(head)
         self.conn.send_response(self.response)
         self.conn.data_to_send()  # the client has it
