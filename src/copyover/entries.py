@@ -1,5 +1,5 @@
 """
-Which connections there are, and what can be asked of them.
+Which connections there are, what can be asked of them, and whether a worker may say what it says of them.
 
 It holds the columns of the ledger and changes none of them; what becomes of a connection is decided in ledger.
 """
@@ -14,7 +14,20 @@ import attrs
 
 from copyover.columns import picker
 from copyover.errors import IllegalEvent
-from copyover.messages import Kind, Record, RecordFlag, Records, record_columns, record_packets
+from copyover.messages import (
+    Adopted,
+    Became,
+    Cede,
+    Frozen,
+    Kind,
+    Record,
+    RecordFlag,
+    Records,
+    Refused,
+    Release,
+    record_columns,
+    record_packets,
+)
 from copyover.rows import Rows
 
 if TYPE_CHECKING:
@@ -22,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
 
 T = TypeVar("T")
+Said = TypeVar("Said", Became, Release, Frozen, Refused, Adopted, Cede)
 Column = Literal["cookie", "descriptor", "listener", "owner", "epoch", "kind"]
 
 
@@ -34,8 +48,8 @@ class Standing(enum.Enum):
     THAWING = "thawing"  # its owner was given the record and has not said that it serves
 
 
-STANDINGS = tuple(Standing)
-CODES = {standing: code for code, standing in enumerate(STANDINGS)}  # as the column has them
+_STANDINGS = tuple(Standing)
+CODES = {standing: code for code, standing in enumerate(_STANDINGS)}  # as the column has them
 _NOBODY: frozenset[int] = frozenset()
 
 
@@ -87,7 +101,7 @@ class Case(NamedTuple):
 
 class Entries:
     """
-    All live connections: a row of numbers each, and by cookie what few of them have.
+    All live connections: a row of numbers each, by cookie what few of them have, and the tombstones of who ended.
 
     What stands here may be asked at any moment; rows are another's once their connections have ended.
     """
@@ -109,6 +123,7 @@ class Entries:
         self.kept_because: dict[int, str] = {}
         self._unfit: dict[int, frozenset[int]] = {}
         self._ceded: dict[int, None] = {}
+        self.tombstones: set[int] = set()  # what has ended since the move began
         self.owned: collections.Counter[int] = collections.Counter()
 
     def __len__(self) -> int:
@@ -124,7 +139,7 @@ class Entries:
 
     def standing(self, cookie: int) -> Standing:
         code: int = self._standing[self._rows.places[cookie]]
-        return STANDINGS[code]
+        return _STANDINGS[code]
 
     def entry(self, cookie: int) -> Entry:
         """
@@ -142,7 +157,7 @@ class Entries:
             owner=self._owner[row],
             epoch=self._epoch[row],
             kind=Kind(self._kind[row]),
-            standing=STANDINGS[self._standing[row]],
+            standing=_STANDINGS[self._standing[row]],
             staged_in=self._staged_in[row],
             origin=self._origin[row],
             was_adopted=bool(self._was_adopted[row]),
@@ -248,3 +263,65 @@ class Entries:
         records = [self.records[cookie].record_of(cookie) for cookie in cookies]
         own = [Record(flags=record.flags | RecordFlag.UNSERVED, halted_ns=record.halted_ns) for record in records]
         return Records(cookie=tuple(cookies), **record_columns(own))
+
+    # ---- may a worker say so?
+
+    def _check(self, worker: int, said: Said, *standings: Standing) -> tuple[Said, Sequence[int]]:
+        """
+        See that *worker* may say this of all of them; return it without those that have ended meanwhile, and the rows.
+
+        Raises:
+            IllegalEvent: one is not its own, not in such a standing, at another epoch, or named twice.
+
+        """
+        cookies = tuple(said.cookie)
+        if len(set(cookies)) != len(cookies):
+            raise IllegalEvent(f"worker {worker} named a connection twice in one message")
+        if self.tombstones and not self.tombstones.isdisjoint(cookies):
+            said = said.only([place for place, cookie in enumerate(cookies) if cookie not in self.tombstones])
+            cookies = tuple(said.cookie)
+        try:
+            rows = self._rows.of(cookies)
+        except KeyError as unknown:
+            raise IllegalEvent(f"connection {unknown} is not in the ledger") from None
+        at, codes = picker(rows), {CODES[standing] for standing in standings}
+        is_own = set(at(self._owner)) <= {worker} and codes.issuperset(at(self._standing))
+        if not is_own or at(self._epoch) != tuple(said.epoch):
+            self._complain(worker, zip(cookies, said.epoch, rows, strict=True), codes)
+        return said, rows
+
+    def _complain(self, worker: int, said: Iterable[tuple[int, int, int]], codes: Container[int]) -> None:
+        """
+        Name the first of which a worker may not speak, or not so: by cookie, epoch and row.
+
+        Raises:
+            IllegalEvent: always.
+
+        """
+        for cookie, epoch, row in said:
+            if self._owner[row] != worker or self._standing[row] not in codes:
+                standing, owner = self.standing(cookie).value, self._owner[row]
+                raise IllegalEvent(f"worker {worker} spoke of connection {cookie}, {standing} by worker {owner}")
+            if self._epoch[row] != epoch:
+                due = self._epoch[row]
+                raise IllegalEvent(f"worker {worker} spoke of connection {cookie} at epoch {epoch}, not {due}")
+
+    @staticmethod
+    def _check_kinds(worker: int, kinds: Sequence[int]) -> None:
+        unknown = set(kinds).difference(Kind)
+        if unknown:
+            raise IllegalEvent(f"worker {worker} serves a connection as {min(unknown)}, which is no kind")
+
+    def _rows_standing(self, cookies: Sequence[int], *standings: Standing) -> Sequence[int]:
+        """
+        Return the rows of *cookies*.
+
+        Raises:
+            IllegalEvent: one stands otherwise.
+
+        """
+        rows = self._rows.of(cookies)
+        wrong = set(picker(rows)(self._standing)).difference([CODES[standing] for standing in standings])
+        if wrong:
+            raise IllegalEvent(f"one of {len(rows)} connections is {_STANDINGS[min(wrong)].value}")
+        return rows

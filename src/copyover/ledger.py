@@ -9,34 +9,21 @@ from __future__ import annotations
 
 import array
 import collections
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import attrs
 
 from copyover.columns import picker
-from copyover.entries import CODES, STANDINGS, Entries, Standing
+from copyover.entries import CODES, Entries, Standing
 from copyover.errors import IllegalEvent
-from copyover.messages import (
-    MAX_ROWS,
-    Adopted,
-    Became,
-    Cede,
-    Frozen,
-    Kind,
-    Record,
-    Records,
-    Refused,
-    Release,
-    record_chunks,
-    record_columns,
-)
+from copyover.messages import MAX_ROWS, Record, Records, record_chunks, record_columns
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 
     from copyover.entries import Entry
+    from copyover.messages import Adopted, Became, Cede, Frozen, Refused, Release
 
-Said = TypeVar("Said", Became, Release, Frozen, Refused, Adopted, Cede)
 _SERVED, _FREEZING, _PARKED, _THAWING = CODES.values()
 
 
@@ -50,76 +37,13 @@ class Endings:
 
 
 class Ledger(Entries):
-    """All live connections, and the tombstones of those that ended during the move."""
+    """What becomes of connections: they come, move, are parked and end."""
 
     def __init__(self) -> None:
         super().__init__()
         self._of_passage = self._staged_in, self._origin, self._was_adopted, self._since_s
-        self.tombstones: set[int] = set()
         self.is_moving = False
         self.now_s = 0.0  # of the event that is being handled; for since_s only
-
-    # ---- checks
-
-    def _check(self, worker: int, said: Said, *standings: Standing) -> tuple[Said, Sequence[int]]:
-        """
-        See that *worker* may say this of all of them; return it without those that have ended meanwhile, and the rows.
-
-        Raises:
-            IllegalEvent: one is not its own, not in such a standing, at another epoch, or named twice.
-
-        """
-        cookies = tuple(said.cookie)
-        if len(set(cookies)) != len(cookies):
-            raise IllegalEvent(f"worker {worker} named a connection twice in one message")
-        if self.tombstones and not self.tombstones.isdisjoint(cookies):
-            said = said.only([place for place, cookie in enumerate(cookies) if cookie not in self.tombstones])
-            cookies = tuple(said.cookie)
-        try:
-            rows = self._rows.of(cookies)
-        except KeyError as unknown:
-            raise IllegalEvent(f"connection {unknown} is not in the ledger") from None
-        at, codes = picker(rows), {CODES[standing] for standing in standings}
-        is_own = set(at(self._owner)) <= {worker} and codes.issuperset(at(self._standing))
-        if not is_own or at(self._epoch) != tuple(said.epoch):
-            self._complain(worker, zip(cookies, said.epoch, rows, strict=True), codes)
-        return said, rows
-
-    def _complain(self, worker: int, said: Iterable[tuple[int, int, int]], codes: Container[int]) -> None:
-        """
-        Name the first of which a worker may not speak, or not so: by cookie, epoch and row.
-
-        Raises:
-            IllegalEvent: always.
-
-        """
-        for cookie, epoch, row in said:
-            if self._owner[row] != worker or self._standing[row] not in codes:
-                standing, owner = self.standing(cookie).value, self._owner[row]
-                raise IllegalEvent(f"worker {worker} spoke of connection {cookie}, {standing} by worker {owner}")
-            if self._epoch[row] != epoch:
-                due = self._epoch[row]
-                raise IllegalEvent(f"worker {worker} spoke of connection {cookie} at epoch {epoch}, not {due}")
-
-    @staticmethod
-    def _check_kinds(worker: int, kinds: Sequence[int]) -> None:
-        unknown = set(kinds).difference(Kind)
-        if unknown:
-            raise IllegalEvent(f"worker {worker} serves a connection as {min(unknown)}, which is no kind")
-
-    def _rows_standing(self, cookies: Sequence[int], *standings: Standing) -> Sequence[int]:
-        """
-        Return the rows of *cookies*.
-
-        Raises:
-            IllegalEvent: one stands otherwise.
-
-        """
-        rows = self._rows.of(cookies)
-        wrong = set(picker(rows)(self._standing)).difference([CODES[standing] for standing in standings])
-        if wrong:
-            raise IllegalEvent(f"one of {len(rows)} connections is {STANDINGS[min(wrong)].value}")
-        return rows
 
     def _stand(self, rows: Iterable[int], code: int) -> None:
         standing, since_s, now_s = self._standing, self._since_s, self.now_s

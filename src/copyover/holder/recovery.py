@@ -11,7 +11,7 @@ import contextlib
 import os
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import attrs
 
@@ -65,8 +65,7 @@ class SlotFile:
         os.close(self._descriptor)
 
 
-@attrs.frozen
-class Orphan:
+class Orphan(NamedTuple):
     """A connection whose worker is dead; *descriptor* is borrowed, *on_crash* the policy of its listener."""
 
     cookie: int

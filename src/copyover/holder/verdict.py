@@ -13,8 +13,6 @@ import attrs
 from copyover.messages import Record, RecordFlag
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from copyover.slots import Content, Counters
 
 
@@ -56,7 +54,8 @@ def judge(content: Content | None, counters: Counters | None, *, epoch: int, res
 
 def _by_slot(content: Content, counters: Counters | None, *, resumes: bool, now_ns: int) -> Verdict:
     is_finished = bool(content.flags & RecordFlag.FINISHED)
-    reason = next(_doubts(content, counters), "")
+    rest = _rest_of_unsent(content, counters)
+    reason = _doubt(content, counters, has_rest=rest is not None)
     record = Record(
         flags=content.flags,
         schema=content.schema,
@@ -64,7 +63,7 @@ def _by_slot(content: Content, counters: Counters | None, *, resumes: bool, now_
         sent=content.sent if counters is None else counters.written,
         halted_ns=now_ns,
         unread=content.unread or b"",
-        unsent=_rest_of_unsent(content, counters) or b"",
+        unsent=rest or b"",
         state=content.state or b"",
     )
     if not reason:
@@ -86,26 +85,23 @@ def _is_false(content: Content, counters: Counters | None) -> bool:
     return counters is not None and (content.received > counters.read or content.sent > counters.written)
 
 
-def _doubts(content: Content, counters: Counters | None) -> Iterator[str]:
-    """Say why it cannot go on exactly where it was, the weightiest reason first."""
-    is_finished = bool(
-        content.flags & RecordFlag.FINISHED
-    )  # what comes then is discarded, and no handler needs a state
+def _doubt(content: Content, counters: Counters | None, *, has_rest: bool) -> str:  # noqa: PLR0911  # one a doubt
+    """Say why it cannot go on exactly where it was, the weightiest reason; nothing if it can."""
+    is_finished = bool(content.flags & RecordFlag.FINISHED)  # what comes is discarded, and no handler needs a state
     if content.state is None and not is_finished:
-        yield "its state did not fit the slot"
+        return "its state did not fit the slot"
     if _is_false(content, counters):
-        yield "its slot speaks of bytes that there never were"
+        return "its slot speaks of bytes that there never were"
     if content.is_touched:
         used = "its socket" if counters is None else "what it had read ahead"
-        yield f"{used} was used since its last boundary"
+        return f"{used} was used since its last boundary"
     if counters is not None and counters.read != content.received and not is_finished:
-        yield f"{counters.read - content.received} bytes were read since its last boundary"
+        return f"{counters.read - content.received} bytes were read since its last boundary"
     if counters is not None and counters.written > content.sent + content.unsent_bytes:
-        yield f"{counters.written - content.sent} bytes were written since its last boundary"
+        return f"{counters.written - content.sent} bytes were written since its last boundary"
     if content.unread is None and not is_finished:
-        yield "what it had read ahead did not fit the slot"
-    if _rest_of_unsent(content, counters) is None:
-        yield "what it had not sent did not fit the slot"
+        return "what it had read ahead did not fit the slot"
+    return "" if has_rest else "what it had not sent did not fit the slot"
 
 
 def _rest_of_unsent(content: Content, counters: Counters | None) -> bytes | None:
