@@ -28,6 +28,7 @@ log = logging.getLogger("copyover.worker")
 _ALLOCATED_BYTES = 64 << 10  # at a time
 _LONGEST_REST = 256
 _NOTHING = object()
+_FINISHED = int(RecordFlag.FINISHED)  # to look one up in its enum takes as long as a recount
 
 
 def register(descriptor: int) -> None:
@@ -180,7 +181,7 @@ class Slot(slots.Pen):
 
     def save(self, transport: Transport, state: object, flags: int = 0) -> None:
         """Say that the connection stands at a boundary with this."""
-        encoded = b"" if flags & RecordFlag.FINISHED else self._state_bytes(state)
+        encoded = b"" if flags & _FINISHED else self._state_bytes(state)
         half = ~self.sequence & 1
         if encoded is not self._held[half] or flags or transport.output or transport.input or transport.held:
             self._put(transport, encoded, transport.output, flags)
