@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -23,13 +24,18 @@ from copyover import slots
 from copyover.errors import WireError
 from copyover.messages import Record, RecordFlag
 from copyover.worker.application import Application
+from copyover.worker.handlers import Handlers
+from copyover.worker.poller import Loop
+from copyover.worker.served import Course, Limits
 from copyover.worker.slot import Slots, reshape
 from copyover.worker.transport import Transport
+from inside import listen, turns, until
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Iterator
     from pathlib import Path
+
+    from copyover.worker.connection import Connection
 
 
 async def handler(_: object) -> None:
@@ -394,6 +400,43 @@ def test_a_file_of_another_kind_is_refused(content: bytes) -> None:
         other.flush()
         with pytest.raises(WireError):
             Slots(other.fileno(), APPLICATION.encode_state, is_json=True, schema=1)
+
+
+def test_who_is_let_go_on_is_saved_with_what_came_meanwhile(file: File) -> None:
+    """It came late to its boundary and halted there; half a line that the client sent is not lost by a SIGKILL."""
+
+    async def scene() -> None:
+        is_through = asyncio.Event()
+
+        async def read_slowly(connection: Connection[Any]) -> None:
+            async for _ in connection.lines():
+                await is_through.wait()
+
+        host = listen(Handlers(asyncio.get_running_loop(), Application(handler=read_slowly), Limits()))
+        near, far = socket.socketpair()
+        near.setblocking(False)
+        transport = Transport(asyncio.get_running_loop(), near)
+        served = host.build(transport, cookie=1, listener="web")
+        served.slot = file.open().take(1, 0, Record(flags=RecordFlag.FRESH))
+        transport.start()
+        host.enter(served)
+        far.send(b"a\n")
+        await until(lambda: transport.received)
+        await turns()
+        assert not served.ask_to_halt(lambda: None)
+        is_through.set()
+        await until(lambda: served.course is Course.HALTED)
+        far.send(b"bb")
+        served.go_on()
+        await until(lambda: transport.input == b"bb")
+        await turns()
+        assert (file.read()[1].received, file.read()[1].unread) == (4, b"bb")
+        far.close()
+        transport.close()
+        await turns()
+
+    with asyncio.Runner(loop_factory=Loop) as runner:
+        runner.run(scene())
 
 
 def test_a_state_that_is_too_large_is_tried_less_and_less(

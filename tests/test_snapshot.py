@@ -100,6 +100,28 @@ def test_bytes_are_known_only_while_nothing_has_changed() -> None:
     assert snapshot.encoded({"log": []}) is None
 
 
+@attrs.define
+class Counted:
+    """What its class makes of what was brought is not what was brought."""
+
+    name: str = "x"
+    made: int = 0
+    added: int = 7
+
+    def __attrs_post_init__(self) -> None:
+        self.made += 1
+
+
+def test_what_a_class_made_of_its_bytes_is_encoded() -> None:
+    """Defaults, converters and hooks run when a state is read: the bytes that it came from say less."""
+    snapshot, application = json_snapshot(Application(handler=handler, state=Counted))
+    came = b'{"name":"y","made":1}'
+    state = application.decode_state(came, application.schema)
+    snapshot.begin(state, came)
+    assert snapshot.encoded(state) is None
+    assert snapshot.take(state) == b'{"name":"y","made":2,"added":7}'
+
+
 def test_what_can_change_in_itself_is_encoded_each_time() -> None:
     """Nobody tells when a list grows."""
     snapshot, _ = json_snapshot()

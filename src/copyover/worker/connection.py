@@ -298,6 +298,7 @@ class Connection(Standing, Generic[S]):
             while not waited.done():
                 if self._course is _ASKED:
                     await self._halt_if_may()
+                    is_again = True  # input may have come before it was let go on
                 if self._transport.error is not None or self._is_stopping:
                     self._check_open()
                     raise ConnectionClosed("the server is stopping")
@@ -336,6 +337,7 @@ class Connection(Standing, Generic[S]):
         while True:
             if self._course is _ASKED:
                 await self._halt_if_may()
+                is_again = True  # input may have come before it was let go on
             if is_enough(self._transport.input) or self.is_over:
                 return
             await self._wait(is_again=is_again)
@@ -348,6 +350,7 @@ class Connection(Standing, Generic[S]):
         while True:
             if self._course is _ASKED:
                 await self._halt_if_may()
+                is_again = True  # input may have come before it was let go on
             message = take()
             if message is not None:
                 self._busy = how

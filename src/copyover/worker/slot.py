@@ -251,7 +251,7 @@ class Slot(slots.Pen):
         """It was saved from *record*, and *state* was made from that: there is nothing to save before it changes."""
         if self._slots.is_json and record.schema == self._slots.schema and not record.flags & slots.KEPT_FLAGS:
             self._snapshot.begin(state, record.state)
-            if not (record.unread or record.unsent):
+            if not (record.unread or record.unsent) and len(record.state) <= self.room_bytes:
                 self._held[self.sequence & 1] = record.state
 
     def encoded(self, state: object) -> bytes | None:

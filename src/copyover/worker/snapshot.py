@@ -67,8 +67,14 @@ class Snapshot:
         return self._take_anew(state, kind)
 
     def begin(self, state: object, encoded: bytes) -> None:
-        """Take *encoded* for the bytes of *state*, which was just made from them."""
+        """
+        Take *encoded* for the bytes of *state*, which was just made from them.
+
+        Of a class of the application's that is not certain: its defaults, converters and hooks have had their say.
+        """
         kind = type(state)
+        if attrs.has(kind):
+            return
         values = self._values_of(state, kind)
         if values is not None and _LEAVES.issuperset(map(type, values)):
             self._kind, self._values, self._encoded = kind, values, encoded
