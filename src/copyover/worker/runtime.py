@@ -406,9 +406,11 @@ class Runtime:
         self._leave_if_done()
 
     def _leave_if_done(self) -> None:
+        if not self._is_leaving:
+            return
         is_told = not self._pushed and (self._channel is None or not self._channel.has_backlog)
         is_busy = self._connections or self._ended or (self._host.is_busy and not self._is_overdue)
-        if self._is_leaving and is_told and not (is_busy or self._exit.done()):
+        if is_told and not (is_busy or self._exit.done()):
             self._exit.set_result(None)
 
     def terminate(self) -> None:

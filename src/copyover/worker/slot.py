@@ -182,20 +182,7 @@ class Slot(slots.Pen):
     def save(self, transport: Transport, state: object, flags: int = 0) -> None:
         """Say that the connection stands at a boundary with this."""
         encoded = b"" if flags & _FINISHED else self._state_bytes(state)
-        half = ~self.sequence & 1
-        if encoded is not self._held[half] or flags or transport.output or transport.input or transport.held:
-            self._put(transport, encoded, transport.output, flags)
-            return
-        # Bytes came and went, and nothing else: as recount does, without a call, since it is at nearly each boundary.
-        received, sent = transport.received, transport.sent
-        self._counted = (received, sent, 0)
-        words = self._words
-        sequence = self.sequence + 1
-        at = self._halves[half] >> 3
-        words[at] = sequence
-        words[at + 1] = received
-        words[at + 2] = sent
-        self.sequence = words[self._word] = sequence
+        self._put(transport, encoded, transport.output, flags)
 
     def save_ahead(self, transport: Transport, encode: Callable[[], bytes]) -> None:
         """
@@ -218,18 +205,17 @@ class Slot(slots.Pen):
         self, transport: Transport, encoded: bytes | None, unsent: bytes | bytearray, flags: int, ahead: int = 0
     ) -> None:
         received, sent = transport.received, transport.sent + ahead
-        counted = (received, sent, len(unsent))
         half = ~self.sequence & 1
+        is_more = flags or unsent or transport.input or transport.held
+        if encoded is self._held[half] and not is_more:  # bytes came and went: so it is at nearly each boundary
+            self._counted = (received, sent, 0)
+            self.recount(received, sent)
+            return
+        counted = (received, sent, len(unsent))
         if counted == self._counted and encoded is self._held[half ^ 1] and not (flags or self.is_touched):
             return  # it says so already
         self._counted = counted
-        if flags or unsent or transport.input or transport.held:
-            self._held[half] = _NOTHING
-        elif self._held[half] is encoded:
-            self.recount(received, sent)
-            return
-        else:
-            self._held[half] = encoded
+        self._held[half] = _NOTHING if is_more else encoded
         unread = transport.unread
         if self.room_bytes < self._most_bytes:
             self._grow(len(encoded or b""), len(unsent), len(unread))
