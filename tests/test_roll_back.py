@@ -26,16 +26,37 @@ async def handler(connection):
         await connection.write(b"%d " % connection.state["n"] + line + b" of RELEASE\\n")
 """
 
+ROOM = """
+import asyncio
+
+everybody = set()
+
+
+async def handler(connection):
+    everybody.add(connection)
+    if connection.state.get("slow"):
+        SLOWLY
+    async for line in connection.lines():
+        if line == b"slow":
+            connection.state["slow"] = True
+            await connection.write(b"yes\\n")
+        elif line == b"who":
+            await connection.write(b"RELEASE\\n")
+        else:
+            for one in everybody:
+                one.push(line + b" of RELEASE\\n")
+"""
+
 BOTH_MOVES = pytest.mark.parametrize("move", ["together", "rolling"])
 
 
 class Deployment:
     """A server whose release is a symlink that deploys move."""
 
-    def __init__(self, servers: Servers, root: Path, **config: Any) -> None:
+    def __init__(self, servers: Servers, root: Path, source: str = COUNT, **config: Any) -> None:
         self.root = root
         self.current = root / "current"
-        self.deploy("one")
+        self.deploy("one", source)
         self.server: Server = servers("app:handler", chdir=str(self.current), config=config)
 
     def deploy(self, name: str, source: str = COUNT) -> None:
@@ -68,6 +89,16 @@ def reloading(server: Server, **flags: Any) -> Iterator[Callable[[], ReloadResul
 
     yield result
     thread.join(60)
+
+
+def client_of(server: Server, release: bytes) -> Client:
+    """Return a client whom that release has accepted."""
+    while True:
+        client = Client(server.address)
+        if client.ask(b"who\n") == release:
+            return client
+        with client:
+            client.end()
 
 
 @BOTH_MOVES
@@ -146,6 +177,26 @@ def test_cancel_undoes_a_change_under_way(copyover_server: Servers, tmp_path: Pa
             assert server.command("cancel", "--json").exit_code == 0
             assert "cancelled by an operator" in str(result().assert_refused().error)
         assert client.ask(b"b\n") == b"2 b of one\n"
+
+
+def test_what_is_pushed_to_those_that_are_being_entered_goes_back_with_them(
+    copyover_server: Servers, tmp_path: Path
+) -> None:
+    """A handler of the cut hangs at its top, a fresh client speaks to all: after the roll-back all have it, once."""
+    deployment = Deployment(copyover_server, tmp_path, ROOM.replace("SLOWLY", "pass"), move="together")
+    server = deployment.server
+    with Client(server.address) as one, Client(server.address) as slow:
+        assert one.ask(b"who\n") == b"one\n"
+        assert slow.ask(b"slow\n") == b"yes\n"
+        deployment.deploy("two", ROOM.replace("SLOWLY", "await asyncio.sleep(0.8)"))
+        with reloading(server, bake=50) as result, client_of(server, b"two\n") as fresh:
+            assert fresh.ask(b"hello\n") == b"hello of two\n"
+            assert server.command("cancel", "--json").exit_code == 0
+            result().assert_refused()
+            assert fresh.ask(b"back\n") == b"back of one\n"
+            for client in (one, slow):
+                assert client.line() == b"hello of two\n"
+                assert client.line() == b"back of one\n"
 
 
 def test_cancel_ends_a_release_that_hangs(copyover_server: Servers, tmp_path: Path) -> None:
