@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.figures import TIMES, Effort, Figure, Part, at_least
-from copyover import channel, messages
+from copyover import channel, messages, wire
+from copyover.columns import Column
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -76,8 +77,9 @@ def _figures(rates: dict[str, tuple[float, ...]], count: int) -> Iterator[Figure
     def against(name: str, other: str) -> tuple[float, ...]:
         return tuple(ours / theirs for ours, theirs in zip(rates[name], rates[other], strict=True))
 
-    yield Figure("our channel", rates["ours"], "/s", note=f"{count} dups of a TCP socket; messages Stage and Thaw")
-    yield Figure("… from and to Record objects", rates["records"], "/s", note="what the holder's ledger keeps")
+    note = f"{count} dups of a TCP socket; messages Stage and Thaw as the holder passes them on"
+    yield Figure("our channel", rates["ours"], "/s", note=note)
+    yield Figure("… from and to Record objects", rates["records"], "/s", note="as workers make and take them")
     yield Figure("send_handle and an ack, one by one", rates["recipe"], "/s")
     yield Figure("our channel against the recipe", against("ours", "recipe"), TIMES, at_least(30, TIMES))
     if "c" in rates:
@@ -152,7 +154,8 @@ def _through_channel(count: int, *, as_records: bool) -> float:
     """
     Return the rate through our channel, with the messages of a move: Stage has the descriptors, Thaw the records.
 
-    *as_records*: records are objects at both ends, as the holder's ledger keeps them; else the messages' columns.
+    *as_records*: records are objects at both ends, as in the workers; else columns as they came, which the holder
+    passes on.
     """
     ours, theirs = channel.pair()
     receiver = _PROCESSES.Process(target=_take_all, args=(ours, theirs, count, as_records))
@@ -164,14 +167,16 @@ def _through_channel(count: int, *, as_records: bool) -> float:
         theirs.close()
         with _dups(count) as dups:
             sender = channel.Channel(ours)
-            built = [] if as_records else list(_thaws(records))
+            came = [] if as_records else [wire.decode(*wire.encode(thaw)) for thaw in _thaws(records)]
+            cookies = Column("Q", range(count))
             _receive(sender)  # it is ready
             began_ns = time.perf_counter_ns()
             for at in range(0, count, messages.MAX_DESCRIPTORS):
                 batch = dups[at : at + messages.MAX_DESCRIPTORS]
-                cookies = tuple(range(at, at + len(batch)))
-                _send(sender, messages.Stage(cookie=cookies, listener=(0,) * len(batch)), batch)
-            for thaw in built or _thaws(records):
+                listeners = Column("H", bytes(2 * len(batch)))
+                stage = messages.Stage(cookie=cookies[at : at + len(batch)], listener=listeners)
+                _send(sender, stage, batch)
+            for thaw in came or _thaws(records):
                 _send(sender, thaw)
             _receive(sender)
             spent_ns = time.perf_counter_ns() - began_ns

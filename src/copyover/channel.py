@@ -14,7 +14,6 @@ import collections
 import enum
 import errno
 import fcntl
-import mmap
 import os
 import socket
 from typing import TYPE_CHECKING, Self
@@ -131,11 +130,12 @@ class Channel:
 
         """
         header, body = wire.encode(message, descriptors=len(descriptors), version=self.version)
-        outgoing = _Outgoing(header.pack() + body, descriptors, [], on_sent)
-        if len(body) > MAX_PACKET_BYTES:
+        if len(body) <= MAX_PACKET_BYTES:
+            outgoing = _Outgoing(header.pack() + body, descriptors, [], on_sent)
+        else:
             memfd = sealed_memfd(body)
-            outgoing.payload = attrs.evolve(header, flags=header.flags | wire.FLAG_MEMFD).pack()
-            outgoing.descriptors, outgoing.owned = [*descriptors, memfd], [memfd]
+            payload = attrs.evolve(header, flags=header.flags | wire.FLAG_MEMFD).pack()
+            outgoing = _Outgoing(payload, [*descriptors, memfd], [memfd], on_sent)
         self._queue.append(outgoing)
         if self._backlog is Backlog.NONE:
             self.flush()
@@ -274,8 +274,7 @@ def read_memfd(memfd: int) -> bytes:
     size = os.fstat(memfd).st_size
     if not 0 < size <= wire.MAX_BODY_BYTES:
         raise WireError(f"a packet's body of {size} bytes is not between 1 and {wire.MAX_BODY_BYTES}")
-    with mmap.mmap(memfd, size, prot=mmap.PROT_READ) as body:
-        return bytes(body)
+    return os.pread(memfd, size, 0)  # mapped, each of its pages would be a fault
 
 
 def _descriptors_of(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
