@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from typing import TYPE_CHECKING, Any
+import struct
+from typing import TYPE_CHECKING
 
 import attrs
 import pytest
 import uvloop
 
 from copyover.worker.poller import EVENTS_A_TURN, IN, OUT, Loop, watcher_of
+from copyover.worker.transport import Transport
 from inside import turns, until
 
 if TYPE_CHECKING:
@@ -103,6 +105,28 @@ def test_input_room_and_the_end_are_told(run: Callable[[Coroutine[None, None, No
         await turns()
         assert ear.heard == []
 
+    run(scene())
+
+
+def test_a_reset_behind_input_is_told(run: Callable[[Coroutine[None, None, None]], None]) -> None:
+    """First what came before it, then the reset itself: who waits for more would wait for ever."""
+
+    async def scene() -> None:
+        ends: list[OSError | None] = []
+        transport = Transport(asyncio.get_running_loop(), near)
+        transport.on_change = lambda: ends.append(transport.error)
+        transport.start()
+        far.send(b"input")
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        far.close()
+        await until(lambda: transport.error, "the reset was not seen")
+        assert (bytes(transport.input), ends[0]) == (b"input", None)
+        transport.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        far = socket.create_connection(server.getsockname())
+        near, _ = server.accept()
+    near.setblocking(False)
     run(scene())
 
 
@@ -212,14 +236,14 @@ def test_timers_are_on_time() -> None:
     async def scene() -> None:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, Loop)
-        looks: list[float | None] = []
-        select = loop.watcher.select
+        looks: list[float] = []
+        tell = loop.watcher.tell
 
-        def look(timeout: float | None = None) -> Any:
-            looks.append(timeout)
-            return select(timeout)
+        def look(wait_s: float = 0) -> list[tuple[int, int]]:
+            looks.append(wait_s)
+            return tell(wait_s)
 
-        loop.watcher.select = look  # type: ignore[method-assign]  # to count them
+        loop.watcher.tell = look  # type: ignore[method-assign]  # to count them
         before_s = loop.time()
         await asyncio.sleep(0.0503)
         assert loop.time() - before_s >= 0.05

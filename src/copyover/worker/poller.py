@@ -12,7 +12,8 @@ import math
 import os
 import select
 import selectors
-from typing import TYPE_CHECKING, Protocol
+import weakref
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 if TYPE_CHECKING:
     import socket
@@ -30,12 +31,6 @@ class Watched(Protocol):
     def ready(self, events: int) -> None:
         """Read or write: *events* is what epoll found, of which an error or a hangup comes unasked."""
 
-    def readable(self) -> None:
-        """Read: there is input, or an end."""
-
-    def writable(self) -> None:
-        """Write: there is room, or an end."""
-
 
 class Watcher(Protocol):
     """Tells who is watched that their sockets are ready."""
@@ -44,17 +39,11 @@ class Watcher(Protocol):
         """Watch for *wanted* from now on; until now it was *before*."""
 
 
-class Poller(selectors.EpollSelector):
-    """
-    The selector of an asyncio loop, and a short way for the connections beside it.
+class Sockets:
+    """What waits in *epoll*, which others may use, too."""
 
-    They are in the same epoll as what asyncio watches, so that they cost no system call more; they are told within
-    ``select``, before the loop's own callbacks run.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._epoll = select.epoll.fromfd(os.dup(self.fileno()))  # the very epoll, which the base keeps to itself
+    def __init__(self, epoll: select.epoll) -> None:
+        self._epoll = epoll
         self._watched: dict[int, Watched] = {}
 
     def watch(self, watched: Watched, before: int, wanted: int) -> None:
@@ -69,10 +58,8 @@ class Poller(selectors.EpollSelector):
             self._epoll.unregister(descriptor)
             del self._watched[descriptor]
 
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        """Wait at most *timeout* seconds; tell the connections that are ready, return what else is."""
-        # Rounded up: a timer that is due in half a millisecond must not be waited for busily. epoll_wait(2)
-        wait_s = -1.0 if timeout is None else math.ceil(max(timeout, 0) * 1000) / 1000
+    def tell(self, wait_s: float = 0) -> list[tuple[int, int]]:
+        """Wait at most *wait_s* (-1: for ever); tell those that are ready, return what else is."""
         others = []
         for descriptor, events in self._epoll.poll(wait_s, EVENTS_A_TURN):
             watched = self._watched.get(descriptor)
@@ -80,7 +67,7 @@ class Poller(selectors.EpollSelector):
                 others.append((descriptor, events))
             else:
                 self._tell(watched, events)
-        return self._keys(others) if others else []
+        return others
 
     def _tell(self, watched: Watched, events: int) -> None:
         try:
@@ -90,6 +77,30 @@ class Poller(selectors.EpollSelector):
         except BaseException as problem:  # noqa: BLE001  # as a handle of the loop does: one fault ends no other's turn
             said = {"message": f"a fault while events were handled of {watched!r}", "exception": problem}
             asyncio.get_running_loop().call_exception_handler(said)
+
+    def close(self) -> None:
+        self._epoll.close()
+
+
+class Poller(selectors.EpollSelector):
+    """
+    The selector of an asyncio loop, and a short way for the connections beside it.
+
+    They are in the same epoll as what asyncio watches, so that they cost no system call more; they are told within
+    ``select``, before the loop's own callbacks run.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # The very epoll, which the base keeps to itself.
+        self.sockets = Sockets(select.epoll.fromfd(os.dup(self.fileno())))
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        """Wait at most *timeout* seconds; tell the connections that are ready, return what else is."""
+        # Rounded up: a timer that is due in half a millisecond must not be waited for busily. epoll_wait(2)
+        wait_s = -1.0 if timeout is None else math.ceil(max(timeout, 0) * 1000) / 1000
+        others = self.sockets.tell(wait_s)
+        return self._keys(others) if others else []
 
     def _keys(self, others: list[tuple[int, int]]) -> list[tuple[selectors.SelectorKey, int]]:
         """Return what the loop watches for itself as it expects it; an error or a hangup is both, input and room."""
@@ -104,7 +115,7 @@ class Poller(selectors.EpollSelector):
         return found
 
     def close(self) -> None:
-        self._epoll.close()
+        self.sockets.close()
         super().close()
 
 
@@ -112,28 +123,33 @@ class Loop(asyncio.SelectorEventLoop):
     """asyncio's loop on a Poller."""
 
     def __init__(self) -> None:
-        self.watcher = Poller()
-        super().__init__(self.watcher)
+        poller = Poller()
+        self.watcher = poller.sockets
+        super().__init__(poller)
 
 
-class ByLoop:
-    """Watches by ``add_reader`` and ``add_writer``, which every loop has."""
+class Beside:
+    """
+    Watches in an epoll of our own, which any loop watches as one descriptor.
+
+    libuv calls a reader once more after an error and then never again: what came before a client's reset would be read,
+    and the reset itself would never be seen.
+    """
+
+    _of_loops: ClassVar[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Sockets]] = weakref.WeakKeyDictionary()
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
 
     def watch(self, watched: Watched, before: int, wanted: int) -> None:
-        changed = before ^ wanted
-        if wanted & changed & IN:
-            self._loop.add_reader(watched.socket, watched.readable)
-        elif changed & IN:
-            self._loop.remove_reader(watched.socket)
-        if wanted & changed & OUT:
-            self._loop.add_writer(watched.socket, watched.writable)
-        elif changed & OUT:
-            self._loop.remove_writer(watched.socket)
+        sockets = self._of_loops.get(self._loop)
+        if sockets is None:
+            epoll = select.epoll()
+            sockets = self._of_loops[self._loop] = Sockets(epoll)
+            self._loop.add_reader(epoll.fileno(), sockets.tell)
+        sockets.watch(watched, before, wanted)
 
 
 def watcher_of(loop: asyncio.AbstractEventLoop) -> Watcher:
     """Return what watches sockets best on *loop*."""
-    return loop.watcher if isinstance(loop, Loop) else ByLoop(loop)
+    return loop.watcher if isinstance(loop, Loop) else Beside(loop)
