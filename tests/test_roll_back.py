@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from clients import Client
+from operators import Operator
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -71,9 +72,9 @@ class Deployment:
         return next(int(w["pid"]) for w in self.server.status()["workers"] if w["generation"] == generation)
 
     def wait_phase(self, phase: str) -> None:
-        """Return once the holder is in that phase; the test's own deadline bounds it."""
-        while self.server.status()["phase"]["name"] != phase:
-            continue
+        """Return once the holder is in that phase, however short: no interpreter is started to look."""
+        operator = Operator(self.server.directory / self.server.name / "control.sock")
+        operator.wait_until(lambda status: status["phase"]["name"] == phase)
 
 
 @contextlib.contextmanager

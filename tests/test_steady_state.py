@@ -85,8 +85,8 @@ def test_a_request_makes_the_calls_of_a_bare_event_loop(
     """
     The worker waits, receives and sends, as often as one without a holder; the holder sleeps through all of it.
 
-    So nothing goes over the channel between them: both ends of it are these processes'. On uvloop it looks into the epoll
-    of the connections once a turn of the loop, too: libuv would not tell it of a reset that comes behind input.
+    So nothing goes over the channel between them: both ends of it are these processes'. On uvloop it looks into the
+    epoll of the connections once a turn of the loop, too: libuv would not tell of a reset that comes behind input.
     """
     server = copyover_server("echo:echo", chdir=APPS, loop=loop, config={"slot_bytes": slot_bytes})
     (pid,) = server.worker_pids()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from clients import Client
+from operators import Operator
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,9 +42,9 @@ def has_ended(pid: int) -> bool:
 
 
 def wait_phase(server: Server, phase: str) -> None:
-    """Return once the holder is in that phase; the test's own deadline bounds it."""
-    while server.status()["phase"]["name"] != phase:
-        continue
+    """Return once the holder is in that phase, however short: no interpreter is started to look."""
+    operator = Operator(server.directory / server.name / "control.sock")
+    operator.wait_until(lambda status: status["phase"]["name"] == phase)
 
 
 @BOTH_MOVES

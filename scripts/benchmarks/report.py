@@ -64,7 +64,7 @@ def machine() -> dict[str, Any]:
     """Return what the figures depend on."""
     return {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "kernel": f"{platform.system()} {platform.release()}",
+        "kernel": f"{platform.system()} {platform.release().partition('-')[0]}",
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
