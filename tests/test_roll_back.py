@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from clients import Client
+from gates import Gate
 from operators import Operator
 
 if TYPE_CHECKING:
@@ -294,3 +295,41 @@ def test_a_replacement_without_descriptors_or_memory_is_refused(
         deployment.deploy("two", EXHAUSTED[what] + COUNT)
         server.reload(timeout_s=20).assert_refused()
         assert {client.ask(b"b\n") for client in clients} == {b"2 b of one\n"}
+
+
+SLOW = """
+import asyncio
+from pathlib import Path
+
+async def handler(connection):
+    tops = connection.state["tops"] = connection.state.get("tops", 0) + 1
+    if connection.resumed:
+        await connection.write(b"again\\n")
+        if gate := connection.state.get("gate"):
+            await asyncio.get_running_loop().run_in_executor(None, Path(gate).read_bytes)
+    heard = 0
+    async for line in connection.lines():
+        heard += 1
+        if line.startswith(b"gate "):
+            connection.state["gate"] = line[5:].decode()
+        await connection.write(b"%d %d\\n" % (tops, heard))
+"""
+
+
+def test_a_replacement_that_dies_while_it_enters_leaves_no_trace(copyover_server: Servers, tmp_path: Path) -> None:
+    """Neither of who has reached a boundary there nor of who has not: the very coroutines go on."""
+    (tmp_path / "app.py").write_text(SLOW, encoding="utf-8")
+    server = copyover_server("app:handler", chdir=str(tmp_path), move="together")
+    with Client(server.address) as quick, Client(server.address) as slow, Gate(tmp_path / "gate") as gate:
+        assert quick.ask(b"a\n") == b"1 1\n"
+        assert slow.ask(b"gate %s\n" % str(gate.path).encode()) == b"1 1\n"
+        (incumbent,) = server.worker_pids()
+        with reloading(server) as wait_result:
+            gate.wait_reached()
+            (replacement,) = set(server.worker_pids()) - {incumbent}
+            os.kill(replacement, signal.SIGKILL)
+            assert wait_result().outcome == "rolled-back"
+        assert server.worker_pids() == [incumbent]
+        for client in (quick, slow):
+            assert client.ask(b"b\n") == b"1 2\n"
+            assert client.is_quiet()

@@ -320,7 +320,12 @@ class Crew:
         on_crash = map(policies.__getitem__, listeners)
         orphans = list(map(Orphan, cookies, ledger.column("epoch", cookies), descriptors.values(), on_crash))
         found = recover(hand.slots.fileno(), orphans)
-        recovered: dict[int, messages.Record | None] = dict(found.records)
+        # What it was given and nobody has used since goes on as it was given, whatever its handler made of it.
+        recovered: dict[int, messages.Record | None] = {
+            cookie: record
+            for cookie, record in found.records.items()
+            if not _is_as_given(record, ledger.record(cookie))
+        }
         reset: dict[int, str] = {}
         for cookie, reason in found.reset.items():
             given = ledger.record(cookie)
@@ -354,3 +359,11 @@ class Crew:
             if hand.generation == generation and hand.ready is None:
                 self._note_last_words(hand)
         return self.generations[generation].last_words if generation in self.generations else []
+
+
+def _is_as_given(record: messages.Record, given: messages.Record | None) -> bool:
+    """Whether nobody has used a connection since its worker was given it: not a byte, and no FIN of ours."""
+    if given is None:
+        return False
+    is_open = not (record.flags ^ given.flags) & messages.RecordFlag.WRITE_CLOSED
+    return is_open and (record.received, record.sent) == (given.received, given.sent)
