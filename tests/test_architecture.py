@@ -96,7 +96,7 @@ ROOMS: dict[str, set[str]] = {
         *("succession", "users", "wire", "holder.recovery"),
     },
     "holder.crew": {
-        *("channel", "config", "entries", "errors", "events", "messages", "process", "release"),
+        *("change", "channel", "config", "entries", "errors", "events", "messages", "process", "release"),
         *("reload", "slots", "succession", "users"),
         *("holder.hand", "holder.listening", "holder.loop", "holder.memory", "holder.recovery"),
     },

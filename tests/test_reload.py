@@ -13,7 +13,7 @@ from copyover.change import Change, Phase
 from copyover.entries import Standing
 from copyover.errors import IllegalEvent
 from copyover.events import Died, FromWorker, Outcome, StopAsked, TimerFired
-from copyover.holdings import MAX_BACKOFF_S, Holdings, Strength
+from copyover.holdings import ACKED_TOGETHER, MAX_BACKOFF_S, Holdings, Strength
 from copyover.ledger import Ledger
 from copyover.messages import Doing, Kind, RecordFlag
 from copyover.move import ROLLING_BATCH, Move
@@ -342,7 +342,7 @@ def test_a_together_reload_narrated() -> None:
     """Stage; accept off; freeze all as one cut; thaw, and enter only once the cut is gathered; commit."""
     story = Story()
     story.lend(1, 10, 11)
-    assert story.sent(1) == [messages.LendAck(total=2)]
+    assert story.sent(1) == []
     story.reload()
     story.expects(Phase.BOOTING)
     assert story.of(events.Send) == []
@@ -1709,6 +1709,20 @@ def test_the_timer_of_a_worker_that_went_does_nothing() -> None:
     assert story.handle(TimerFired("retire 99")) == []
 
 
+# ---- lends
+
+
+def test_lends_are_acknowledged_many_at_a_time() -> None:
+    """A count covers all before it, so that short connections, a few at a time, are not answered one by one."""
+    story = Story()
+    story.lend(1, *range(1, ACKED_TOGETHER))
+    assert story.sent(1) == []
+    story.lend(1, ACKED_TOGETHER, ACKED_TOGETHER + 1)
+    assert story.sent(1) == [messages.LendAck(total=ACKED_TOGETHER + 1)]
+    story.lend(1, *range(ACKED_TOGETHER + 2, 2 * ACKED_TOGETHER))
+    assert story.sent(1) == []
+
+
 # ---- capacity
 
 
@@ -1716,11 +1730,11 @@ def test_a_full_holder_lets_clients_wait_in_the_backlog() -> None:
     """At its capacity it turns accepting off, and on again once there is room for a while."""
     story = Story(capacity=2)
     story.lend(1, 10)
-    assert story.sent(1) == [messages.LendAck(total=1)]
+    assert story.sent(1) == []
     story.lend(1, 11)
-    assert story.sent(1) == [messages.LendAck(total=2), messages.AcceptOff(number=1, moving=False)]
+    assert story.sent(1) == [messages.AcceptOff(number=1, moving=False)]
     story.lend(1, 12)  # accepted before it heard of that
-    assert story.sent(1) == [messages.LendAck(total=3)]
+    assert story.sent(1) == []
     story.off(1)
     story.release(1, 12)
     assert story.sent(1) == []
@@ -1806,10 +1820,10 @@ def test_a_worker_at_its_quota_stops_accepting_and_begins_again() -> None:
     """What it had accepted by then is taken; one connection less than the quota is not enough room, 5 % are."""
     story = with_quotas(connections=20)
     story.lend(2, *range(20))
-    assert story.sent(2) == [messages.LendAck(total=20), messages.AcceptOff(number=1, moving=False)]
+    assert story.sent(2) == [messages.AcceptOff(number=1, moving=False)]
     assert story.machine.holdings.workers[2].is_full
     story.lend(2, 20)
-    assert story.sent(2) == [messages.LendAck(total=21)]
+    assert story.sent(2) == []
     story.off(2)
     for cookie in range(18, 21):
         assert "AcceptOn" not in kinds(story.sent(2))

@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from benchmarks.servers import switches
 from benchmarks.tracing import CannotTrace, Trace
 
 from clients import Client
+from copyover.holder.crew import REST_S
+from gates import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,6 +60,21 @@ def traced(address: tuple[str, int], *pids: int) -> list[Trace]:
                 client.send(line)
                 assert client.receive(len(line)) == line
     return traces
+
+
+def test_short_connections_wake_the_holder_now_and_then(copyover_server: Servers) -> None:
+    """However many come and go, it looks at them together, and has heard of all in the end."""
+    server = copyover_server("echo:echo", chdir=APPS)
+    with Client(server.address) as staying:
+        staying.ask(b"hello\n")
+        woken, begun_s = switches(server.pid), time.monotonic()
+        for number in range(REQUESTS):
+            with Client(server.address) as client:
+                assert client.ask(b"visit %d\n" % number) == b"visit %d\n" % number
+        spent_s, woken = time.monotonic() - begun_s, switches(server.pid) - woken
+        assert woken <= 2 * spent_s / REST_S + TIMERS
+        wait_until(lambda: server.status()["counters"]["ended"] == REQUESTS, "the holder hears of every end")
+        assert server.status()["counters"]["accepted"] == REQUESTS + 1
 
 
 @pytest.mark.parametrize("slot_bytes", [None, 0], ids=["slots", "no-slots"])

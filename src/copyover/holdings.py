@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 ROOM = 0.95  # what was full accepts again below that share
 MAX_BACKOFF_S = 30.0
 HEALTHY_S = 10.0
+ACKED_TOGETHER = 256  # lends: nobody waits for the acknowledgement, and one each costs as much as the lend
 NOBODY_ELSE = "it was given up at a boundary, and nobody else could serve it"
 
 
@@ -290,9 +291,11 @@ class Holdings:
         if worker.is_full and worker.offs_acked == worker.offs:
             raise IllegalEvent(f"worker {worker.id} lent {len(message.cookie)} connections and is told to accept none")
         self.ledger.lend(worker.id, message.cookie, event.descriptors, message.listener, message.kind)
-        worker.lent += message.rows
-        self.counters["accepted"] += message.rows
-        self.send(worker.id, messages.LendAck(total=worker.lent))
+        rows = len(message.cookie)
+        before, worker.lent = worker.lent, worker.lent + rows
+        self.counters["accepted"] += rows
+        if before // ACKED_TOGETHER != worker.lent // ACKED_TOGETHER:
+            self.send(worker.id, messages.LendAck(total=worker.lent))
         self._note_full()
         if not self._has_room(worker):
             self._fill(worker)
@@ -413,8 +416,8 @@ class Holdings:
         """
         message, endings = self.ledger.release(event.worker, messages.expect(event.message, messages.Release))
         self._end(endings, events.Close)
-        self.counters["ended"] += message.rows
-        self.counters["expired"] += sum(how == messages.How.EXPIRED for how in message.how)
+        self.counters["ended"] += len(message.cookie)
+        self.counters["expired"] += message.how.count(messages.How.EXPIRED)
         return message.cookie
 
     def is_retiring(self, cookie: int) -> bool:
@@ -448,13 +451,19 @@ class Holdings:
     def _end(self, endings: Endings, effect: type[events.Close | events.Reset]) -> None:
         if endings.descriptors:
             self.effects.append(effect(tuple(endings.descriptors)))
-        for cookie in endings.cookies:
-            self.kept.pop(cookie, None)
+        if self.kept:
+            for cookie in endings.cookies:
+                self.kept.pop(cookie, None)
         self.drop(endings.copies)
+
+    @property
+    def is_nearly_full(self) -> bool:
+        """Whether to be slow to say that it is full would matter."""
+        return len(self.ledger) >= self.capacity * ROOM
 
     def regain_room(self) -> bool:
         """See whether enough connections have ended since the holder, or a worker, was full."""
-        if not self.is_full or len(self.ledger) >= self.capacity * ROOM:
+        if not self.is_full or self.is_nearly_full:
             return any(worker.is_full and self._has_room(worker) for worker in self.serving())
         self.is_full = False
         self.note("room", connections=len(self.ledger))

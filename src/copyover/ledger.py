@@ -75,6 +75,7 @@ class Ledger(Entries):
             known = next(cookie for cookie in cookies if cookie in self)
             raise IllegalEvent(f"worker {worker} lent connection {known}, which is in the ledger")
         self._add(cookies, owner=[worker] * len(cookies), descriptor=descriptors, listener=listeners, kind=kinds)
+        self.owned[worker] += len(cookies)
 
     def inherit(
         self, *, cookie: Sequence[int], owner: Sequence[int], kind: Sequence[int], **others: Sequence[int]
@@ -91,6 +92,7 @@ class Ledger(Entries):
             raise IllegalEvent(f"connection {most[0][0]} was lent twice")
         self._check_kinds(min(owner, default=0), kind)
         self._add(cookie, owner=owner, kind=kind, **others)
+        self.owned.update(owner)
 
     def _add(self, cookies: Sequence[int], **columns: Sequence[int]) -> list[int]:
         rows = self._rows.add(cookies)
@@ -98,7 +100,6 @@ class Ledger(Entries):
             column: array.array[int] = getattr(self, f"_{name}")
             for row, value in zip(rows, values, strict=True):
                 column[row] = value
-        self.owned.update(columns["owner"])
         return rows
 
     def restore(self, entry: Entry) -> None:
@@ -127,7 +128,7 @@ class Ledger(Entries):
             IllegalEvent: one is not its own, or an unknown kind.
 
         """
-        message, rows = self._check(worker, message, Standing.SERVED, Standing.FREEZING)
+        message, rows = self._check(worker, message, _SERVED, _FREEZING)
         self._check_kinds(worker, message.kind)
         self._name_kinds(rows, message.kind)
 
@@ -139,7 +140,7 @@ class Ledger(Entries):
             IllegalEvent: one is not its own.
 
         """
-        message, _ = self._check(worker, message, Standing.SERVED, Standing.FREEZING, Standing.THAWING)
+        message, _ = self._check(worker, message, _SERVED, _FREEZING, _THAWING)
         return message, self.lose(message.cookie)
 
     def lose(self, cookies: Sequence[int]) -> Endings:
@@ -157,15 +158,19 @@ class Ledger(Entries):
     def _copies(self, cookies: Sequence[int], rows: Sequence[int]) -> list[tuple[int, int]]:
         """Name who has copies and does not serve them; of what is parked its last owner has one, too."""
         at = picker(rows)
-        copies = []
-        for cookie, row, *workers in zip(cookies, rows, at(self._staged_in), at(self._origin), strict=True):
+        staged_in, origin = at(self._staged_in), at(self._origin)
+        copies: list[tuple[int, int]] = []
+        if not (any(staged_in) or any(origin)):
+            return copies
+        for cookie, row, *workers in zip(cookies, rows, staged_in, origin, strict=True):
             serving = 0 if self._standing[row] == _PARKED else self._owner[row]
             copies += [(worker, cookie) for worker in dict.fromkeys(workers) if worker not in (0, serving)]
         return copies
 
     def _disown(self, rows: Sequence[int]) -> None:
-        for worker, number in collections.Counter(picker(rows)(self._owner)).items():
-            self.owned[worker] -= number
+        owners = picker(rows)(self._owner)
+        for worker in set(owners):
+            self.owned[worker] -= owners.count(worker)
 
     # ---- on their way
 
@@ -210,7 +215,7 @@ class Ledger(Entries):
             IllegalEvent: one is not its own, was not asked for, or is of an unknown kind.
 
         """
-        message, rows = self._check(worker, message, Standing.FREEZING)
+        message, rows = self._check(worker, message, _FREEZING)
         self._check_kinds(worker, message.kind)
         self._note_origin(worker, message.cookie, rows)
         self._name_kinds(rows, message.kind)
@@ -244,7 +249,7 @@ class Ledger(Entries):
             IllegalEvent: one is not its own, or in none of *standings*.
 
         """
-        message, _ = self._check(worker, message, *standings)
+        message, _ = self._check(worker, message, *[CODES[standing] for standing in standings])
         kept, given_back = [], []
         for cookie, reason in zip(message.cookie, message.reason, strict=True):
             self.kept_because[cookie] = reason.decode(errors="replace")
@@ -286,7 +291,7 @@ class Ledger(Entries):
             IllegalEvent: one was not given to it.
 
         """
-        message, rows = self._check(worker, message, Standing.THAWING, Standing.FREEZING)
+        message, rows = self._check(worker, message, _THAWING, _FREEZING)
         for cookie in message.cookie:
             self.records.pop(cookie, None)
         origin, was_adopted = self._origin, self._was_adopted
@@ -309,7 +314,7 @@ class Ledger(Entries):
             IllegalEvent: one is not its own, or is of an unknown kind.
 
         """
-        message, rows = self._check(worker, message, Standing.SERVED)
+        message, rows = self._check(worker, message, _SERVED)
         self._check_kinds(worker, message.kind)
         self.forget(message.cookie)
         self._name_kinds(rows, message.kind)
@@ -383,8 +388,9 @@ class Ledger(Entries):
 
     def _forget_rare(self, cookies: Collection[int]) -> None:
         for rare in (self.records, self.pushed, self.kept_because, self._unfit, self._ceded):
-            for cookie in rare.keys() & cookies:
-                del rare[cookie]
+            if rare:
+                for cookie in rare.keys() & cookies:
+                    del rare[cookie]
 
     def forget_passages(self) -> None:
         """What is parked keeps its record: nobody else has it. Who ceded it waits on. What is given goes its way."""

@@ -78,7 +78,9 @@ class Peace:
         self.holdings.forward(event)
 
     def _release(self, event: FromWorker) -> None:
-        self.parking.settled(self.holdings.release(event))
+        ended = self.holdings.release(event)
+        if self.parking.given:
+            self.parking.settled(ended)
         if self.holdings.regain_room():
             for worker in self.holdings.serving():
                 self.holdings.admit(worker.id)

@@ -62,12 +62,16 @@ class Rows:
         self._size += more
 
     def remove(self, cookies: Iterable[int]) -> None:
-        for cookie in cookies:
-            row = self.places.pop(cookie)
-            for column in self._columns:
-                column[row] = 0
-            self._free.append(row)
-        if not self.places:
+        rows = [self.places.pop(cookie) for cookie in cookies]
+        if not rows:
+            return
+        at = operator.itemgetter(*rows, rows[0])  # of one row it would return no tuple
+        for column in self._columns:
+            if any(at(column)):  # most are zero, and to see that takes a quarter of the time
+                for row in rows:
+                    column[row] = 0
+        self._free += rows
+        if not self.places and self._size > _BLOCK:
             self._shrink()
 
     def _shrink(self) -> None:

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 from copyover import slots
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from copyover.slots import Counters
 
 _SO_COOKIE = 57  # asm-generic/socket.h; socket(7) does not have it yet
@@ -61,11 +63,25 @@ def cookie_of_descriptor(descriptor: int) -> int:
         OSError: it is no socket (ENOTSOCK).
 
     """
-    borrowed = _borrow(descriptor)
-    try:
-        return cookie_of(borrowed)
-    finally:
-        borrowed.detach()
+    return cookies_of([descriptor])[0]
+
+
+def cookies_of(descriptors: Iterable[int]) -> list[int]:
+    """
+    Return the cookies of borrowed descriptors.
+
+    Raises:
+        OSError: one is no socket (ENOTSOCK).
+
+    """
+    packed = []
+    for descriptor in descriptors:
+        borrowed = _borrow(descriptor)
+        try:
+            packed.append(borrowed.getsockopt(_SOL_SOCKET, _SO_COOKIE, 8))
+        finally:
+            borrowed.detach()
+    return memoryview(b"".join(packed)).cast("Q").tolist()
 
 
 def _borrow(descriptor: int) -> socket.SocketType:

@@ -40,18 +40,21 @@ class _Layout:
     blobs: tuple[str, ...]
     row_fields: tuple[str, ...]
     row_bytes: int  # of one row, its blobs aside
+    is_plain: bool  # columns alone
 
 
 def _read_layout(kind: type[Message]) -> _Layout:
     fields = attrs.fields(kind)
     columns = tuple((field.name, field.metadata["column"]) for field in fields if "column" in field.metadata)
     blobs = tuple(field.name for field in fields if "blob" in field.metadata)
+    rare = tuple((field.name, field.metadata["rare"]) for field in fields if "rare" in field.metadata)
     return _Layout(
-        rare=tuple((field.name, field.metadata["rare"]) for field in fields if "rare" in field.metadata),
+        rare=rare,
         columns=columns,
         blobs=blobs,
         row_fields=(*[name for name, _ in columns], *blobs),
         row_bytes=sum(_BYTES[code] for _, code in columns) + _BYTES["I"] * len(blobs),
+        is_plain=not (rare or blobs),
     )
 
 
@@ -151,6 +154,8 @@ def decode(header: Header, body: bytes | memoryview) -> Message:
         raise WireError(f"{name} of {header.rows} rows claims {header.descriptors} descriptors")
     if header.rows and not layout.row_fields:
         raise WireError(f"{name} has no rows, this one claims {header.rows}")
+    if layout.is_plain:
+        return kind(**_decode_plain(name, layout, header, body))
     view = memoryview(body)
     fields: dict[str, Any] = _decode_rare(name, layout, bytes(view[: header.rare_bytes]), header.rare_bytes)
     start, rows = header.rare_bytes, header.rows
@@ -172,6 +177,19 @@ def decode(header: Header, body: bytes | memoryview) -> Message:
         fields[field] = Blobs(column, bytes(view[start : start + length]))
         start += length
     return kind(**fields)
+
+
+def _decode_plain(name: str, layout: _Layout, header: Header, body: bytes | memoryview) -> dict[str, Any]:
+    """Return the columns of a message that is nothing else: these come one a connection."""
+    rows, start = header.rows, 0
+    if header.rare_bytes or len(body) != rows * layout.row_bytes:
+        raise WireError(f"{name} of {rows} rows is {len(body)} bytes long, its rows say {rows * layout.row_bytes}")
+    fields = {}
+    for field, code in layout.columns:
+        end = start + rows * _BYTES[code]
+        fields[field] = Column.read(code, body[start:end])
+        start = end
+    return fields
 
 
 def _decode_rare(name: str, layout: _Layout, text: bytes, claimed: int) -> dict[str, Any]:

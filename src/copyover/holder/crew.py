@@ -10,11 +10,13 @@ import contextlib
 import itertools
 import logging
 import selectors
+import time
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from copyover import events, messages, process, slots, succession
+from copyover.change import Phase
 from copyover.channel import RETRY_S, Backlog
 from copyover.entries import Standing
 from copyover.errors import ChangeRefused, ChannelClosed, CopyoverError, WireError
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from copyover.users import User
 
 PACKETS_A_TURN = 64
+REST_S = 0.005  # between two looks at what a busy worker says of connections that come and go
 REASONS_TOLD = 10
 REAP_S = 10.0
 UNREAPABLE_ADVICE = (
@@ -183,16 +186,19 @@ class Crew:
                 hand.channel.send(message, tuple(descriptors))
 
     def _receive(self, hand: Hand) -> None:
+        heard = 0
         try:
             if hand.channel.has_backlog:
                 hand.channel.flush()
-            for _ in range(PACKETS_A_TURN):
+            while heard < PACKETS_A_TURN:
                 self._take_packet(hand, hand.channel.receive())
                 self._settle()
+                heard += 1
                 if hand.worker not in self.hands:
                     return  # what it said ended them all
         except BlockingIOError:
-            return
+            if heard:
+                self._rest_if_busy(hand)
         except ChannelClosed:
             self._stop_hearing(hand)  # not its death: that is for the pidfd to say
         except (WireError, ChangeRefused) as problem:
@@ -202,9 +208,27 @@ class Crew:
             self._stop_hearing(hand)
             self._kill(hand)
 
+    def _rest_if_busy(self, hand: Hand) -> None:
+        """
+        Let what a busy worker says gather for a moment: while nothing moves, it waits for no answer.
+
+        What it has sent counts already: descriptors on their way live, and are read when it is dead. unix(7)
+        """
+        before_s, hand.heard_s = hand.heard_s, time.monotonic()
+        is_busy = hand.heard_s - before_s < 2 * REST_S
+        is_calm = self._machine.phase is Phase.SERVING and not self._machine.holdings.is_nearly_full
+        if is_busy and is_calm and not hand.channel.has_backlog:
+            self._loop.unwatch(hand.channel)
+            self._loop.set_timer(f"hear {hand.worker}", REST_S, lambda: self._hear_again(hand))
+
+    def _hear_again(self, hand: Hand) -> None:
+        self._loop.watch(hand.channel, lambda: self._receive(hand))
+        self._receive(hand)
+
     def _stop_hearing(self, hand: Hand) -> None:
         self._loop.unwatch(hand.channel)
         self._loop.cancel_timer(f"flush {hand.worker}")
+        self._loop.cancel_timer(f"hear {hand.worker}")
 
     def _take_packet(self, hand: Hand, packet: Packet) -> None:
         with packet:

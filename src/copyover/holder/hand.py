@@ -24,7 +24,7 @@ from copyover import messages, process, succession, wire
 from copyover.channel import Channel, pair
 from copyover.errors import ChangeRefused, ChannelClosed, WireError
 from copyover.holder.recovery import SlotFile
-from copyover.sockets import cookie_of_descriptor
+from copyover.sockets import cookies_of
 
 if TYPE_CHECKING:
     from collections.abc import Container, Mapping, Sequence
@@ -109,6 +109,7 @@ class Hand:
         self.hello: messages.Hello | None = None
         self.ready: messages.Ready | None = None
         self.is_unreapable = False  # it was killed, and does not die
+        self.heard_s = 0.0  # when something last came from it
 
     @classmethod
     def start(
@@ -296,9 +297,9 @@ def check_lend(message: messages.Lend, descriptors: Sequence[int], *, listeners:
         WireError: it is another, or no socket at all.
 
     """
-    unknown = [number for number in message.listener if number not in listeners]
-    if unknown:
-        raise WireError(f"a lent connection is of listener {unknown[0]}, which there never was")
+    for number in set(message.listener):
+        if number not in listeners:
+            raise WireError(f"a lent connection is of listener {number}, which there never was")
     check_cookies(message.cookie, descriptors)
 
 
@@ -310,13 +311,13 @@ def check_cookies(cookies: Sequence[int], descriptors: Sequence[int]) -> None:
         WireError: it is another, or no socket at all.
 
     """
-    for cookie, descriptor in zip(cookies, descriptors, strict=True):
-        try:
-            found = cookie_of_descriptor(descriptor)
-        except OSError as problem:
-            raise WireError("a lent descriptor is no socket") from problem
-        if found != cookie:
-            raise WireError(f"a lent descriptor is connection {found}, not {cookie}")
+    try:
+        found = cookies_of(descriptors)
+    except OSError as problem:
+        raise WireError("a lent descriptor is no socket") from problem
+    for cookie, truth in zip(cookies, found, strict=True):
+        if truth != cookie:
+            raise WireError(f"a lent descriptor is connection {truth}, not {cookie}")
 
 
 def environment(directory: Directory, instance: str) -> dict[str, str]:

@@ -40,8 +40,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("copyover.worker")
 
 TURN_S = 0.001  # what the holder's packets may take of one turn: between them who is served is served
+RELEASE_S = 0.002  # how long an ended connection may wait for others, so that their releases are one message
 EXIT_S = 5.0
 LAST_S = 1.0
+_FRESH = messages.Record(flags=messages.RecordFlag.FRESH)
 
 
 @attrs.frozen
@@ -83,6 +85,7 @@ class Runtime:
         self._incoming: list[int] = []
         self._pushed: list[tuple[int, int, bytes]] = []  # to connections that have moved
         self._ended: dict[int, messages.How] = {}
+        self._is_flush_due = False
         self._how: messages.How | None = None  # what ends connections from outside, once this worker is leaving
         self._is_leaving = False
         self._is_overdue = False  # it leaves whatever is still under way
@@ -271,7 +274,7 @@ class Runtime:
         self._flush_ended()
         fresh = [self._build(sock, cookie_of(sock), listener) for sock in socks]
         for connection in fresh:
-            self._take_slot(connection, 0, messages.Record(flags=messages.RecordFlag.FRESH))
+            self._take_slot(connection, 0, _FRESH)
         cookies = [connection.cookie for connection in fresh]
         self._perform(self._agent.accepted(cookies, listener, self._host.kind))
 
@@ -355,12 +358,17 @@ class Runtime:
         self._connections.pop(connection.cookie, None)
         self._numbers.pop(connection.cookie, None)
         self._host.forget(connection)
-        if not self._ended:
-            self._loop.call_soon(self._flush_ended)
+        if not self._is_flush_due:
+            self._is_flush_due = True
+            self._loop.call_later(RELEASE_S, self._flush_late)
         self._ended[connection.cookie] = how
 
+    def _flush_late(self) -> None:
+        self._is_flush_due = False
+        self._flush_ended()
+
     def _flush_ended(self) -> None:
-        """Releases go out in batches, one a turn of the loop."""
+        """Releases go out in batches: before whatever else is sent, or after a while."""
         if self._ended:
             ended, self._ended = self._ended, {}
             self._perform(self._agent.ended(ended))

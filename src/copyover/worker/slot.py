@@ -79,7 +79,7 @@ class Slots:
             raise WireError("the file of slots is shorter than its header says")
         self._memory = memoryview(mmap.mmap(descriptor, self._header.file_bytes))
         self._words = self._memory.cast("Q")
-        self._free: list[tuple[int, int]] = []  # places, and the room that each has
+        self._free: list[Slot] = []
         self._used = 0
         self._allocated = 0
         self._complaints: set[str] = set()
@@ -87,13 +87,15 @@ class Slots:
 
     def reserve(self) -> Slot | None:
         """Return a slot that is nobody's yet; None if there is none left."""
-        found = self._find_free()
-        if found is None:
+        if self._free:
+            return self._free.pop()
+        room_bytes = self._room_for_another()
+        if room_bytes is None:
             self.unslotted += bool(self._header.slots)
             return None
-        place, room_bytes = found
-        slot = Slot(self, self._memory, self._words, place, self._header.slot_bytes)
+        slot = Slot(self, self._memory, self._words, self._used, self._header.slot_bytes)
         slot.room_bytes = room_bytes
+        self._used += 1
         return slot
 
     def take(self, cookie: int, epoch: int, record: Record) -> Slot | None:
@@ -106,20 +108,14 @@ class Slots:
     def snapshot(self) -> Snapshot:
         return Snapshot(self._encode, is_json=self.is_json)
 
-    def _find_free(self) -> tuple[int, int] | None:
-        if self._free:
-            return self._free.pop()
+    def _room_for_another(self) -> int | None:
         if self._used >= self._header.slots:
             if self._header.slots:
                 self.complain(
                     f"all {self._header.slots} slots are taken; further connections are reset if it is killed"
                 )
             return None
-        room_bytes = self.make_room(self._used, 0)
-        if room_bytes is None:
-            return None
-        self._used += 1
-        return self._used - 1, room_bytes
+        return self.make_room(self._used, 0)
 
     def make_room(self, place: int, wanted_bytes: int) -> int | None:
         """
@@ -146,8 +142,8 @@ class Slots:
             return False
         return True
 
-    def give_back(self, place: int, room_bytes: int) -> None:
-        self._free.append((place, room_bytes))
+    def give_back(self, slot: Slot) -> None:
+        self._free.append(slot)
 
     def complain(self, problem: str) -> None:
         """Say it once: it may be so of every connection, at every boundary."""
@@ -254,8 +250,11 @@ class Slot(slots.Pen):
         self._held = [_NOTHING, _NOTHING]
 
     def free(self) -> None:
+        """It is the next connection's: to make a slot takes longer than all that a short connection writes there."""
         self.name(0)
-        self._slots.give_back(self._place, self.room_bytes)
+        self._snapshot.forget()
+        self._rest = self._waits = 0
+        self._slots.give_back(self)
 
     def _grow(self, *blobs: int) -> None:
         """Have room for those of the blobs that publish will take: it leaves out what a whole slot has no room for."""

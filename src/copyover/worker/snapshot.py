@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _LEAVES = frozenset({str, int, float, bool, type(None), bytes})
 _CONSTANTS = {None: "null", True: "true", False: "false"}
+_EMPTY = b"{}"
 _ENCODER = json.JSONEncoder(ensure_ascii=False)
 
 
@@ -98,7 +99,16 @@ class Snapshot:
         self._encoded = _join(self._pieces)
         return self._encoded
 
+    def forget(self) -> None:
+        """The next state is another connection's."""
+        self._kind = None
+        self._values = []
+
     def _take_anew(self, state: object, kind: type) -> bytes:
+        if kind is dict and not state and self._is_json:  # as that of each connection begins
+            self._kind, self._keys, self._values, self._names, self._pieces = dict, [], [], [], []
+            self._encoded = _EMPTY
+            return _EMPTY
         self._kind = None
         self._encoded = self._encode(state)
         values = self._values_of(state, kind)
