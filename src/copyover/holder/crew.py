@@ -221,6 +221,12 @@ class Crew:
             self._loop.unwatch(hand.channel)
             self._loop.set_timer(f"hear {hand.worker}", REST_S, lambda: self._hear_again(hand))
 
+    def hear_all(self) -> None:
+        """Take what they have said by now: whoever asks is told the truth."""
+        for hand in list(self.hands.values()):
+            if self._loop.cancel_timer(f"hear {hand.worker}"):
+                self._hear_again(hand)
+
     def _hear_again(self, hand: Hand) -> None:
         self._loop.watch(hand.channel, lambda: self._receive(hand))
         self._receive(hand)

@@ -113,7 +113,7 @@ class Daemon:
 
     def run(self, answer: Callable[[int, dict[str, Any]], None], begin: Callable[[], None]) -> int:
         """Call *begin*, then serve until stopped, *answer* the operators' requests; return the exit code."""
-        self.desk.open(answer)
+        self.desk.open(lambda caller, asked: self._answer(answer, caller, asked))
         self.loop.catch_signals((*ENDING_SIGNALS, signal.SIGCHLD), self._signalled)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS)
         begin()
@@ -129,6 +129,10 @@ class Daemon:
             self.desk.close()
             self.loop.close()
         return self._exit_code
+
+    def _answer(self, answer: Callable[[int, dict[str, Any]], None], caller: int, asked: dict[str, Any]) -> None:
+        self.crew.hear_all()
+        answer(caller, asked)
 
     @property
     def failure(self) -> str | None:
@@ -147,6 +151,7 @@ class Daemon:
             process.reap_orphans()
 
     def _dump(self) -> None:
+        self.crew.hear_all()
         timers = {name: deadline_s - time.monotonic() for name, deadline_s in self.loop.deadlines_s().items()}
         found = dump.content(self.machine, self.crew.hands, timers)
         try:
