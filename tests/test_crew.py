@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import TYPE_CHECKING, Any
 
-from copyover import events, reload
+from copyover import events, messages, reload, slots
+from copyover.channel import Channel, pair
 from copyover.config import Config
 from copyover.holder import crew as crews
 from copyover.holder import report
 from copyover.holder.crew import Crew, Generation
+from copyover.holder.hand import Hand
 from copyover.holder.listening import Listening
 from copyover.holder.loop import Loop
+from copyover.holder.recovery import SlotFile
 from copyover.release import Release
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     import pytest
+
+
+RELEASE = Release(directory="/", python="python", application="app:app", app_dir="/")
 
 
 class Stuck:
@@ -48,6 +55,29 @@ class Stuck:
         return "was killed by SIGKILL"
 
 
+def crew_of(
+    loop: Loop,
+    machine: reload.Machine,
+    path: Path,
+    told: list[events.Event],
+    note: Callable[[str, Mapping[str, Any], int], None] = lambda *_: None,
+) -> Crew:
+    """Return a crew whose files are in *path*, and which tells only the list."""
+    crew = Crew(
+        loop,
+        machine,
+        Listening(),
+        path,
+        environment={"COPYOVER_INSTANCE": "0"},
+        user=None,
+        tell=told.append,
+        settle=lambda: None,
+        note=note,
+    )
+    crew.generations[1] = Generation(RELEASE, Config(app="app:app"))
+    return crew
+
+
 def test_a_worker_that_cannot_be_reaped_is_reported_and_nothing_moves(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -62,19 +92,7 @@ def test_a_worker_that_cannot_be_reaped_is_reported_and_nothing_moves(
         noted.append((event, dict(fields)))
 
     loop, machine = Loop(lambda: None), reload.Machine()
-    crew = Crew(
-        loop,
-        machine,
-        Listening(),
-        tmp_path,
-        environment={"COPYOVER_INSTANCE": "0"},
-        user=None,
-        tell=told.append,
-        settle=lambda: None,
-        note=note,
-    )
-    release = Release(directory="/", python="python", application="app:app", app_dir="/")
-    crew.generations[1] = Generation(release, Config(app="app:app"))
+    crew = crew_of(loop, machine, tmp_path, told, note)
     machine.handle(events.Reload(asker=7, generation=1, workers=1, move="together", timeout_s=60.0), 0.0)
     crew.spawn(1, 1, 0.0)
     while 1 not in crew.hands:
@@ -99,3 +117,40 @@ def test_a_worker_that_cannot_be_reaped_is_reported_and_nothing_moves(
     assert [type(event) for event in told] == [events.Reaped, events.Died]
     assert crew.hands == {}
     loop.close()
+
+
+def test_what_a_busy_worker_says_gathers_until_somebody_asks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """While nothing moves it is heard now and then; an operator's question is answered with what came by then."""
+    monkeypatch.setattr(crews, "REST_S", time.monotonic())
+    told: list[events.Event] = []
+    loop = Loop(lambda: None)
+    crew = crew_of(loop, reload.Machine(), tmp_path, told)
+    stuck = Stuck()
+    ours, theirs = pair()
+    header = slots.shape(0, 0, worker=1, generation=1)
+    hand = Hand(
+        *(1, 1, RELEASE),
+        child=stuck,  # type: ignore[arg-type]  # as a process, so far as it is one
+        channel=Channel(ours),
+        slots=SlotFile.make(tmp_path, "0", header),
+        tail=None,
+        started_s=0.0,
+    )
+    hand.hello = messages.Hello(wire=[1, 1], record=[1, 1], copyover="", python="", pid=1, worker=1, instance="0")
+    crew.attend(hand)
+    worker = Channel(theirs)
+    worker.send(messages.Release())
+    while len(told) < 1:
+        loop.turn()
+    worker.send(messages.Release())
+    loop.set_timer("later", 0.03, lambda: told.append(events.TimerFired("later")))
+    while len(told) < 2:
+        loop.turn()
+    assert [type(event) for event in told] == [events.FromWorker, events.TimerFired]
+    crew.hear_all()
+    assert [type(event) for event in told] == [events.FromWorker, events.TimerFired, events.FromWorker]
+    loop.close()
+    worker.close()
+    hand.close()
+    stuck.free()
+    stuck.reap()

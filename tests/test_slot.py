@@ -188,6 +188,24 @@ def test_places_are_used_again(file: File, caplog: pytest.LogCaptureFixture) -> 
     assert file.read().keys() == {1, 3, 6}
 
 
+def test_a_place_that_is_used_again_tells_nothing_of_whose_it_was(file: File, transport: Transport) -> None:
+    """Neither its state, nor that one was too large, though the very object is the next connection's."""
+    book = file.open()
+    slot = book.take(5, 3, Record(received=7, sent=8, state=b"{}"))
+    assert slot is not None
+    state: dict[str, Any] = {"seen": 1}
+    slot.save(transport, state)
+    slot.save(transport, {"much": "x" * 4096})
+    slot.free()
+    again = book.take(6, 0, Record(flags=RecordFlag.FRESH))
+    assert again is slot
+    assert file.read() == {6: slots.Content(0, RecordFlag.FRESH, 0, 0, 0)}
+    again.save(transport, {})
+    assert file.read()[6].state == b"{}"
+    again.save(transport, state)
+    assert file.read()[6].state == b'{"seen":1}'
+
+
 def test_without_slots_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
     """slot_bytes = 0 is a choice."""
     made = File(slot_bytes=0)

@@ -73,8 +73,8 @@ def test_short_connections_wake_the_holder_now_and_then(copyover_server: Servers
                 assert client.ask(b"visit %d\n" % number) == b"visit %d\n" % number
         spent_s, woken = time.monotonic() - begun_s, switches(server.pid) - woken
         assert woken <= 2 * spent_s / REST_S + TIMERS
-        wait_until(lambda: server.status()["counters"]["ended"] == REQUESTS, "the holder hears of every end")
         assert server.status()["counters"]["accepted"] == REQUESTS + 1
+        wait_until(lambda: server.status()["counters"]["ended"] == REQUESTS, "the holder hears of every end")
 
 
 @pytest.mark.parametrize("slot_bytes", [None, 0], ids=["slots", "no-slots"])

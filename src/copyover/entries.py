@@ -52,6 +52,7 @@ _STANDINGS = tuple(Standing)
 CODES = {standing: code for code, standing in enumerate(_STANDINGS)}  # as the column has them
 _KINDS = frozenset(map(int, Kind))  # to ask an enum takes longer than all else that is asked of a message
 _NOBODY: frozenset[int] = frozenset()
+_KINDS = frozenset(map(int, Kind))  # to ask an enum takes longer than all else that is asked of a message
 
 
 @attrs.frozen

@@ -154,7 +154,7 @@ def decode(header: Header, body: bytes | memoryview) -> Message:
         raise WireError(f"{name} of {header.rows} rows claims {header.descriptors} descriptors")
     if header.rows and not layout.row_fields:
         raise WireError(f"{name} has no rows, this one claims {header.rows}")
-    if layout.is_plain:
+    if layout.is_plain and not header.rare_bytes:
         return kind(**_decode_plain(name, layout, header, body))
     view = memoryview(body)
     fields: dict[str, Any] = _decode_rare(name, layout, bytes(view[: header.rare_bytes]), header.rare_bytes)
@@ -182,7 +182,7 @@ def decode(header: Header, body: bytes | memoryview) -> Message:
 def _decode_plain(name: str, layout: _Layout, header: Header, body: bytes | memoryview) -> dict[str, Any]:
     """Return the columns of a message that is nothing else: these come one a connection."""
     rows, start = header.rows, 0
-    if header.rare_bytes or len(body) != rows * layout.row_bytes:
+    if len(body) != rows * layout.row_bytes:
         raise WireError(f"{name} of {rows} rows is {len(body)} bytes long, its rows say {rows * layout.row_bytes}")
     fields = {}
     for field, code in layout.columns:

@@ -120,8 +120,10 @@ class Application(Generic[S]):
         """Return the state that *encoded* is, written with *schema*; whatever the application's code raises passes."""
         if self.decode is not None:
             return self.decode(encoded, schema)
-        value = _DECODER.decode(encoded.decode("utf-8", "surrogatepass"))
-        made: Any = self.state(**value) if isinstance(self.state, type) and attrs.has(self.state) else value
+        # Empty ones are many, and come thousands at a time.
+        value = {} if encoded == b"{}" else _DECODER.decode(encoded.decode("utf-8", "surrogatepass"))
+        is_attrs = self.state is not dict and isinstance(self.state, type) and attrs.has(self.state)
+        made: Any = self.state(**value) if is_attrs else value
         return made  # type: ignore[no-any-return]  # it is what such an application declared
 
 
