@@ -455,15 +455,21 @@ def test_a_cut_is_adopted_when_all_of_it_are_in() -> None:
     assert agent.entered([1, 2, 3], 7_000_000) == []
 
 
-def test_who_is_asked_back_while_he_enters_stops_at_a_boundary() -> None:
-    """His handler may be in the middle of its top, and others may have pushed to him: the record has to be whole."""
+def test_who_is_asked_back_while_he_enters_stops_at_a_boundary_or_was_never_here() -> None:
+    """What others pushed to him goes along; a handler in the middle of its top, which may hang, has no whole record."""
     agent = staged(1, 2)
     agent.handle(thaw(1, 2, flags=RecordFlag.CUT, halted_ns=1_000_000))
     agent.handle(messages.Enter(cut=True), 2_000_000)
-    found = agent.handle(freeze(1, batch=9, epoch=1), 3_000_000)
-    assert sent(found) == [messages.Adopted(cookie=(1,), epoch=(1,), pause_us=(2000,))]
+    given = thaw(2, flags=RecordFlag.CUT, halted_ns=1_000_000)
+    asked = freeze(1, 2, batch=9, epoch=1)
+    assert agent.handle(asked, 3_000_000) == [effects.Catch(asked, (1, 2))]
+    found = agent.caught(asked, {1}, 3_000_000)
+    assert sent(found) == [
+        messages.Adopted(cookie=(1,), epoch=(1,), pause_us=(2000,)),
+        messages.Frozen(batch=0, cookie=(2,), epoch=(1,), **messages.record_columns(list(given.records()))),
+    ]
     assert one(found, effects.Halt) == effects.Halt(9, (1,))
-    assert standings(agent) == {1: Standing.FREEZING, 2: Standing.THAWED}
+    assert standings(agent) == {1: Standing.FREEZING, 2: Standing.FROZEN}
 
 
 def test_who_enters_when_the_holder_dies_is_served_here() -> None:

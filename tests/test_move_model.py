@@ -61,6 +61,7 @@ class Local:
     course: Course = Course.INERT
     is_at_boundary: bool = True
     output: list[int] = attrs.field(factory=list)  # pushed, unsent: it is halted or paused
+    brought: int = 0  # of that, what came with its record
     has_coroutine: bool = False
 
 
@@ -153,6 +154,8 @@ class Process:
                 for cookie in cookies:
                     assert cookie not in self.locals, "built twice"
                     self.locals[cookie] = Local()
+            case effects.Catch(freeze, cookies):
+                self.catch(freeze, cookies)
             case effects.Halt(batch, cookies):
                 self.perform(self.agent.halted(batch, [cookie for cookie in cookies if self.ask_to_halt(cookie)]))
             case effects.Withdraw(cookies):
@@ -168,6 +171,8 @@ class Process:
             case effects.Serve(cookies, is_cut):
                 if is_cut:
                     self.cut += cookies
+                    for cookie in cookies[::3]:  # these take their time at their tops
+                        self.locals[cookie].is_at_boundary = False
                     self.timers.append(ALL_ARE_IN)
                 else:
                     self.enter_all(cookies)
@@ -194,6 +199,20 @@ class Process:
                     self.go_on(cookie)
             case _:
                 assert_never(effect)
+
+    def catch(self, freeze: messages.Freeze, cookies: Sequence[int]) -> None:
+        """Some have reached a boundary, the others are at their tops: nobody has seen anything of them."""
+        there = {cookie for cookie in cookies if self.locals[cookie].is_at_boundary}
+        pushed = [
+            (cookie, messages.Act.SEND, bytes([data]))
+            for cookie in cookies
+            if cookie not in there
+            for data in self.locals[cookie].output[self.locals[cookie].brought :]
+        ]
+        self.cut = tuple([one for one in self.cut if one in there or one not in cookies])
+        self.departed.update(set(cookies) - there)
+        self.perform(self.agent.caught(freeze, there, 1_000))
+        self.perform(self.agent.forward(pushed))
 
     def ask_to_halt(self, cookie: int) -> bool:
         local = self.locals[cookie]
@@ -237,13 +256,17 @@ class Process:
                 failures[cookie] = "cannot read it"
             else:
                 version = int.from_bytes(record.state, "little", signed=True)
-                self.locals[cookie] = Local(version, messages.Kind(record.kind), output=list(record.unsent))
+                self.locals[cookie] = Local(
+                    version, messages.Kind(record.kind), output=list(record.unsent), brought=len(record.unsent)
+                )
         self.perform(self.agent.restored(failures))
 
     def enter_cut(self) -> None:
         """The last of them has reached its top's boundary; those that are not here any more are somebody else's."""
         here = [cookie for cookie in self.cut if cookie in self.locals and self.locals[cookie].course is Course.INERT]
         self.cut = ()
+        for cookie in here:
+            self.locals[cookie].is_at_boundary = True
         self.perform(self.agent.entered(here, 1_000))
         self.enter_all(here)
 

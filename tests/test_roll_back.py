@@ -201,6 +201,25 @@ def test_what_is_pushed_to_those_that_are_being_entered_goes_back_with_them(
                 assert client.line() == b"back of one\n"
 
 
+def test_a_release_that_hangs_at_its_top_keeps_nobody(copyover_server: Servers, tmp_path: Path) -> None:
+    """After the roll-back the incumbent's coroutine goes on with each, at once, and has what was pushed meanwhile."""
+    deployment = Deployment(copyover_server, tmp_path, ROOM.replace("SLOWLY", "pass"), move="together")
+    server = deployment.server
+    with Client(server.address) as one, Client(server.address) as slow:
+        assert one.ask(b"who\n") == b"one\n"
+        assert slow.ask(b"slow\n") == b"yes\n"
+        deployment.deploy("two", ROOM.replace("SLOWLY", "await asyncio.Event().wait()"))
+        with reloading(server, bake=50) as result:
+            with client_of(server, b"two\n") as fresh:
+                assert fresh.ask(b"hello\n") == b"hello of two\n"
+                assert server.command("cancel", "--json").exit_code == 0
+                assert result().assert_refused().kept == 0
+                assert fresh.ask(b"who\n") == b"one\n"
+            for client in (one, slow):
+                assert client.line() == b"hello of two\n"
+                assert client.ask(b"who\n") == b"one\n"
+
+
 def test_cancel_ends_a_release_that_hangs(copyover_server: Servers, tmp_path: Path) -> None:
     """Nobody has to wait for the deadline of a start that will never end."""
     deployment = Deployment(copyover_server, tmp_path)

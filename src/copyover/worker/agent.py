@@ -18,6 +18,7 @@ from copyover.errors import IllegalEvent
 from copyover.worker.effects import (
     Accept,
     Build,
+    Catch,
     Deliver,
     Discard,
     Effect,
@@ -38,7 +39,7 @@ from copyover.worker.effects import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 
 
 _AGAIN_S = 0.05
@@ -58,6 +59,7 @@ class Standing(enum.Enum):
 _RUNNING = (Standing.SERVING, Standing.FREEZING, Standing.HALTED)  # the holder has no record of these
 _COPIES = (Standing.STAGED, Standing.FROZEN)  # another worker serves these, or will
 _KINDS = tuple(messages.Kind)  # by their numbers: to call an enum costs ten times as much
+_NO_RECORD = messages.Record()
 _WAITING = {Standing.FROZEN: messages.Doing.FROZE, Standing.THAWED: messages.Doing.WAITS}
 
 
@@ -71,6 +73,7 @@ class Seat:
     batch: int = 0
     is_cut: bool = False
     halted_ns: int = 0
+    given: messages.Record = _NO_RECORD  # of a cut, until it is adopted
     is_entering: bool = False  # thawed, and let in; not all of its cut are in yet
     was_ceded: bool = False  # if it came back nobody else can serve it: it stays
 
@@ -229,14 +232,48 @@ class Agent:
 
     # ---- freezing
 
-    def _freeze(self, message: messages.Freeze, now_ns: int) -> list[Effect]:
-        # Who is at its top has no record that is whole, and others may have pushed to it: it stops at a boundary.
-        adopted = self.entered([cookie for cookie in message.cookie if self._is_entering(cookie)], now_ns)
+    def _freeze(self, message: messages.Freeze, _: int) -> list[Effect]:
+        entering = tuple([cookie for cookie in message.cookie if self._is_entering(cookie)])
+        return [Catch(message, entering)] if entering else self._freeze_all(message)
+
+    def caught(self, message: messages.Freeze, at_boundary: Collection[int], now_ns: int) -> list[Effect]:
+        """
+        Freeze as *message* says: of those that are being entered these stand at a boundary.
+
+        They are adopted and stop there, with what others pushed to them. Who is at its top goes back as it was given:
+        nothing of it was read or sent, and it may hang there.
+        """
+        others = [cookie for cookie in message.cookie if self._is_entering(cookie) and cookie not in at_boundary]
+        records = {}
+        for cookie in others:
+            seat = self._thawed.pop(cookie)
+            seat.standing = Standing.FROZEN
+            records[cookie], seat.given = seat.given, _NO_RECORD
+        return self.entered(at_boundary, now_ns) + self._hand_over(records) + self._freeze_all(message, records)
+
+    def _hand_over(self, records: Mapping[int, messages.Record], batch: int = 0) -> list[Effect]:
+        """Send the records of what is frozen here; the first answers *batch*, if it is not 0."""
+        rows = [(cookie, record, self.seats[cookie]) for cookie, record in records.items()]
+        return [
+            Send(
+                messages.Frozen(
+                    batch=batch if first else 0,
+                    cookie=tuple([cookie for cookie, _, _ in chunk]),
+                    epoch=tuple([seat.epoch for _, _, seat in chunk]),
+                    **messages.record_columns([record for _, record, _ in chunk]),
+                )
+            )
+            for first, chunk in _marked(
+                rows[cut] for cut in messages.record_chunks(list(records.values()), messages.MAX_DESCRIPTORS)
+            )
+        ]
+
+    def _freeze_all(self, message: messages.Freeze, answered: Container[int] = ()) -> list[Effect]:
         is_cut = message.gather_ms > 0
         running, thawed = [], []
         for cookie, epoch in zip(message.cookie, message.epoch, strict=True):
             seat = self.seats.get(cookie)
-            if seat is None or seat.epoch > epoch:
+            if seat is None or seat.epoch > epoch or cookie in answered:
                 continue  # its release has crossed this, or it speaks of the past
             if seat.standing is Standing.SERVING:
                 seat.standing, seat.batch, seat.is_cut = Standing.FREEZING, message.batch, is_cut
@@ -245,7 +282,7 @@ class Agent:
                 thawed.append(cookie)
             else:
                 raise IllegalEvent(f"connection {cookie} is to be frozen where it is {seat.standing.value}")
-        effects = adopted
+        effects: list[Effect] = []
         if running:
             self._waiting[message.batch] = running
             effects.append(SetTimer(f"wait {message.batch}", message.wait_ms / 1000))
@@ -311,22 +348,10 @@ class Agent:
         shared: bytes | None = None,
     ) -> list[Effect]:
         """The records that were asked for; those that cannot be taken go on here."""
-        rows = [(cookie, record, self.seats[cookie]) for cookie, record in records.items()]
-        for _, record, seat in rows:
+        for cookie, record in records.items():
+            seat = self.seats[cookie]
             seat.standing, seat.kind = Standing.FROZEN, _KINDS[record.kind]
-        effects: list[Effect] = [
-            Send(
-                messages.Frozen(
-                    batch=asked.batch if first else 0,
-                    cookie=tuple([cookie for cookie, _, _ in chunk]),
-                    epoch=tuple([seat.epoch for _, _, seat in chunk]),
-                    **messages.record_columns([record for _, record, _ in chunk]),
-                )
-            )
-            for first, chunk in _marked(
-                rows[cut] for cut in messages.record_chunks(list(records.values()), messages.MAX_DESCRIPTORS)
-            )
-        ]
+        effects = self._hand_over(records, asked.batch)
         if asked.batch and not effects:
             effects.append(Send(messages.Frozen(batch=asked.batch)))
         effects += self._refuse_or_give_back(refusals)
@@ -433,6 +458,8 @@ class Agent:
         for seat, epoch, record in zip(seats, message.epoch, records, strict=True):
             seat.standing, seat.epoch, seat.halted_ns = Standing.THAWED, epoch, record.halted_ns
             seat.is_cut, seat.is_entering = bool(record.flags & messages.RecordFlag.CUT), False
+            if seat.is_cut:
+                seat.given = record
             if not record.flags & messages.RecordFlag.UNSERVED:
                 seat.kind = _KINDS[record.kind]
         self._thawed.update(zip(message.cookie, seats, strict=True))
@@ -468,7 +495,7 @@ class Agent:
         """Say of these that they are served; before the first byte of any is read or written."""
         rows = [(cookie, seat) for cookie in cookies if (seat := self._thawed.pop(cookie, None)) is not None]
         for _, seat in rows:
-            seat.standing = Standing.SERVING
+            seat.standing, seat.given = Standing.SERVING, _NO_RECORD
         return [
             Send(
                 messages.Adopted(

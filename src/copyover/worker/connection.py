@@ -229,6 +229,8 @@ class Connection(Standing, Generic[S]):
             raise Moved(f"connection {self.cookie} has moved to another worker, and the holder is gone")
 
     def deliver(self, act: int, data: bytes | bytearray | memoryview) -> None:
+        if self.on_boundary is not None and current.get() is not self:
+            self.acts_of_others = (*self.acts_of_others, (act, bytes(data)))
         is_settled = self._is_settled
         if act != Act.SEND:
             end = self._transport.abort if act == Act.ABORT else self._transport.finish

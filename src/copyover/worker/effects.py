@@ -33,6 +33,14 @@ class Build:
 
 
 @attrs.frozen
+class Catch:
+    """These of a freeze are just being entered: answer with ``caught`` and which of them stand at a boundary."""
+
+    freeze: messages.Freeze
+    cookies: tuple[int, ...]
+
+
+@attrs.frozen
 class Halt:
     """Ask these to stop at a boundary; answer with ``halted`` for those that stand at one, then and later."""
 
@@ -149,6 +157,7 @@ class SetTimer:
 Effect = (
     Send
     | Build
+    | Catch
     | Halt
     | LetGoOn
     | Withdraw

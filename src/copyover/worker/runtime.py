@@ -215,6 +215,8 @@ class Runtime:
                     self._send_effect(message, cookies)
                 case effects.Build(cookies, listeners):
                     self._build_staged(cookies, listeners)
+                case effects.Catch(freeze, cookies):
+                    self._catch(freeze, cookies)
                 case effects.Halt(batch, cookies):
                     self._halt(batch, cookies)
                 case effects.LetGoOn(cookies):
@@ -451,6 +453,16 @@ class Runtime:
         if kind is None:
             kind = self._kinds[listener] = sock.family, sock.type, sock.proto
         return kind
+
+    def _catch(self, freeze: messages.Freeze, cookies: tuple[int, ...]) -> None:
+        """Whose handler has returned at its top is as one that hangs there: the client has seen nothing of it."""
+        served = [self._connections[cookie] for cookie in cookies]
+        at_boundary = {one.cookie for one in served if one.is_at_boundary and not one.is_left}
+        others = [one for one in served if one.cookie not in at_boundary]
+        for connection in others:
+            connection.abandon()
+        self._perform(self._agent.caught(freeze, at_boundary, time.monotonic_ns()))
+        self._perform(self._agent.forward([(one.cookie, *act) for one in others for act in one.acts_of_others]))
 
     def _halt(self, batch: int, cookies: tuple[int, ...]) -> None:
         """Those that stand at a boundary halt; the others report when they do; some never will."""

@@ -56,6 +56,7 @@ class Served(abc.ABC):
         "_loop",
         "_on_halt",
         "_transport",
+        "acts_of_others",
         "cookie",
         "halted_ns",
         "interrupted",
@@ -83,6 +84,7 @@ class Served(abc.ABC):
         self.resumed = False
         self.interrupted = False
         self.halted_ns = 0
+        self.acts_of_others: tuple[tuple[int, bytes], ...] = ()  # while it is entered; they travel on if it goes back
         self.is_entered = False  # its handler has begun here
         self.is_left = False  # nobody but its unsent bytes needs it
         # Called once, at the first boundary after it was entered.
@@ -158,6 +160,10 @@ class Served(abc.ABC):
     def revive(self) -> None:
         """Wait to be entered, as before its record was taken."""
         self._course = Course.RUNNING
+
+    def abandon(self) -> None:
+        """Be inert: somebody else has it."""
+        self._course = Course.FROZEN
 
     def leave(self) -> None:
         """Only what is unsent is still to do, by whoever has it."""
