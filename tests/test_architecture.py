@@ -162,7 +162,7 @@ ROOMS: dict[str, set[str]] = {
     "worker.agent": {"errors", "messages", "worker.effects"},
     "worker.runtime": {
         *("channel", "errors", "messages", "sockets"),
-        *("worker.accepting", "worker.agent", "worker.effects", "worker.entrance", "worker.host"),
+        *("worker.accepting", "worker.agent", "worker.effects", "worker.entrance", "worker.host", "worker.poller"),
         *("worker.seeking", "worker.served", "worker.slot", "worker.transport"),
     },
     "worker.__main__": {

@@ -76,10 +76,11 @@ def file() -> Iterator[File]:
 @pytest.fixture
 def transport() -> Iterator[Transport]:
     """One that is never started: its loop is not asked."""
-    loop: asyncio.AbstractEventLoop = None  # type: ignore[assignment]  # as it says
+    loop = asyncio.new_event_loop()
     ours, theirs = socket.socketpair()
     with ours, theirs:
         yield Transport(loop, ours)
+    loop.close()
 
 
 def test_a_slot_says_its_record_before_anything_else(file: File) -> None:
@@ -356,7 +357,7 @@ def written_pages(file: File) -> set[int]:
 
 FULL = textwrap.dedent(
     """
-    import os, socket, sys
+    import asyncio, os, socket, sys
     from copyover import slots
     from copyover.messages import Record
     from copyover.worker.application import Application
@@ -375,7 +376,7 @@ FULL = textwrap.dedent(
         book = Slots(file.fileno(), application.encode_state, is_json=True, schema=1)
         taken = [book.take(cookie, 0, Record()) for cookie in range(1, 1001)]
         held = [slot for slot in taken if slot is not None]
-        transport = Transport(None, socket.socket())
+        transport = Transport(asyncio.new_event_loop(), socket.socket())
         for turn in range(3):
             for slot in held:
                 slot.save(transport, {"turn": turn, "text": "x" * (slot.room_bytes + turn * 500)})

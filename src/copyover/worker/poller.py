@@ -13,7 +13,7 @@ import os
 import select
 import selectors
 import weakref
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import socket
@@ -128,28 +128,19 @@ class Loop(asyncio.SelectorEventLoop):
         super().__init__(poller)
 
 
-class Beside:
-    """
-    Watches in an epoll of our own, which any loop watches as one descriptor.
-
-    libuv calls a reader once more after an error and then never again: what came before a client's reset would be read,
-    and the reset itself would never be seen.
-    """
-
-    _of_loops: ClassVar[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Sockets]] = weakref.WeakKeyDictionary()
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-
-    def watch(self, watched: Watched, before: int, wanted: int) -> None:
-        sockets = self._of_loops.get(self._loop)
-        if sockets is None:
-            epoll = select.epoll()
-            sockets = self._of_loops[self._loop] = Sockets(epoll)
-            self._loop.add_reader(epoll.fileno(), sockets.tell)
-        sockets.watch(watched, before, wanted)
+# Of other loops: an epoll of our own, which the loop watches as one descriptor. With a reader for each connection libuv
+# calls it once more after an error and then never again: what came before a client's reset would be read, and the reset
+# itself would never be seen.
+_beside: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Sockets] = weakref.WeakKeyDictionary()
 
 
 def watcher_of(loop: asyncio.AbstractEventLoop) -> Watcher:
-    """Return what watches sockets best on *loop*."""
-    return loop.watcher if isinstance(loop, Loop) else Beside(loop)
+    """Return what watches sockets on *loop*."""
+    if isinstance(loop, Loop):
+        return loop.watcher
+    found = _beside.get(loop)
+    if found is None:
+        epoll = select.epoll()
+        found = _beside[loop] = Sockets(epoll)
+        loop.add_reader(epoll.fileno(), found.tell)
+    return found

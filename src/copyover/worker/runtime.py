@@ -26,6 +26,7 @@ from copyover.worker import effects
 from copyover.worker.accepting import Acceptor
 from copyover.worker.agent import Agent
 from copyover.worker.entrance import Entrance
+from copyover.worker.poller import watcher_of
 from copyover.worker.seeking import Identity, Seeker
 from copyover.worker.served import Course, Served
 from copyover.worker.transport import Phase, Transport
@@ -91,6 +92,7 @@ class Runtime:
         self._is_overdue = False  # it leaves whatever is still under way
         self._exit: asyncio.Future[None] = loop.create_future()
         channel.on_backlog = self._on_backlog
+        watcher_of(loop)  # what it needs it has from the start
 
     async def run(self) -> None:
         """Serve until the holder lets this worker go."""
