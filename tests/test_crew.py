@@ -6,6 +6,9 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
+import attrs
+import pytest
+
 from copyover import events, messages, reload, slots
 from copyover.channel import Channel, pair
 from copyover.config import Config
@@ -19,10 +22,8 @@ from copyover.holder.recovery import SlotFile
 from copyover.release import Release
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
-
-    import pytest
 
 
 RELEASE = Release(directory="/", python="python", application="app:app", app_dir="/")
@@ -119,8 +120,28 @@ def test_a_worker_that_cannot_be_reaped_is_reported_and_nothing_moves(
     loop.close()
 
 
-def test_what_a_busy_worker_says_gathers_until_somebody_asks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """While nothing moves it is heard now and then; an operator's question is answered with what came by then."""
+def drain(channel: Channel) -> None:
+    """Take all that has come."""
+    while True:
+        try:
+            channel.receive()
+        except BlockingIOError:
+            return
+
+
+@attrs.frozen
+class Busy:
+    """A worker that spoke a moment ago, which the crew lets gather what it says."""
+
+    crew: Crew
+    loop: Loop
+    hand: Hand
+    worker: Channel
+    told: list[events.Event]
+
+
+@pytest.fixture
+def busy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Busy]:
     monkeypatch.setattr(crews, "REST_S", time.monotonic())
     told: list[events.Event] = []
     loop = Loop(lambda: None)
@@ -142,15 +163,35 @@ def test_what_a_busy_worker_says_gathers_until_somebody_asks(monkeypatch: pytest
     worker.send(messages.Release())
     while len(told) < 1:
         loop.turn()
-    worker.send(messages.Release())
-    loop.set_timer("later", 0.03, lambda: told.append(events.TimerFired("later")))
-    while len(told) < 2:
-        loop.turn()
-    assert [type(event) for event in told] == [events.FromWorker, events.TimerFired]
-    crew.hear_all()
-    assert [type(event) for event in told] == [events.FromWorker, events.TimerFired, events.FromWorker]
+    yield Busy(crew, loop, hand, worker, told)
     loop.close()
     worker.close()
     hand.close()
     stuck.free()
     stuck.reap()
+
+
+def test_what_a_busy_worker_says_gathers_until_somebody_asks(busy: Busy) -> None:
+    """While nothing moves it is heard now and then; an operator's question is answered with what came by then."""
+    busy.worker.send(messages.Release())
+    busy.loop.set_timer("later", 0.03, lambda: busy.told.append(events.TimerFired("later")))
+    while len(busy.told) < 2:
+        busy.loop.turn()
+    assert [type(event) for event in busy.told] == [events.FromWorker, events.TimerFired]
+    busy.crew.hear_all()
+    assert [type(event) for event in busy.told] == [events.FromWorker, events.TimerFired, events.FromWorker]
+
+
+def test_what_waits_for_a_busy_worker_leaves_once_it_reads(busy: Busy) -> None:
+    """A full channel is watched for room, also where the worker was let be and somebody asks meanwhile."""
+    push = messages.Push(cookie=(1,), act=(0,), pushed=(bytes(60_000),))
+    while not busy.hand.channel.has_backlog:
+        busy.crew.send(1, push, ())
+    busy.crew.hear_all()
+    turns = 0
+    while busy.hand.channel.has_backlog:
+        drain(busy.worker)
+        busy.loop.set_timer("tick", 0.05, lambda: None)  # without it a loop that waits for nothing would never turn
+        busy.loop.turn()
+        turns += 1
+        assert turns < 100

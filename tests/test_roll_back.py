@@ -181,42 +181,29 @@ def test_cancel_undoes_a_change_under_way(copyover_server: Servers, tmp_path: Pa
         assert client.ask(b"b\n") == b"2 b of one\n"
 
 
+@pytest.mark.parametrize("top", ["await asyncio.sleep(0.8)", "await asyncio.Event().wait()"], ids=["slow", "hangs"])
 def test_what_is_pushed_to_those_that_are_being_entered_goes_back_with_them(
-    copyover_server: Servers, tmp_path: Path
+    copyover_server: Servers, tmp_path: Path, top: str
 ) -> None:
-    """A handler of the cut hangs at its top, a fresh client speaks to all: after the roll-back all have it, once."""
+    """
+    A handler of the cut is at its top, perhaps for ever, and a fresh client speaks to all: after it all have that.
+
+    Once, and at once; the incumbent's coroutine goes on with each, and the release that was taken back keeps nobody.
+    """
     deployment = Deployment(copyover_server, tmp_path, ROOM.replace("SLOWLY", "pass"), move="together")
     server = deployment.server
     with Client(server.address) as one, Client(server.address) as slow:
         assert one.ask(b"who\n") == b"one\n"
         assert slow.ask(b"slow\n") == b"yes\n"
-        deployment.deploy("two", ROOM.replace("SLOWLY", "await asyncio.sleep(0.8)"))
+        deployment.deploy("two", ROOM.replace("SLOWLY", top))
         with reloading(server, bake=50) as result, client_of(server, b"two\n") as fresh:
             assert fresh.ask(b"hello\n") == b"hello of two\n"
             assert server.command("cancel", "--json").exit_code == 0
-            result().assert_refused()
+            assert result().assert_refused().kept == 0
             assert fresh.ask(b"back\n") == b"back of one\n"
             for client in (one, slow):
                 assert client.line() == b"hello of two\n"
                 assert client.line() == b"back of one\n"
-
-
-def test_a_release_that_hangs_at_its_top_keeps_nobody(copyover_server: Servers, tmp_path: Path) -> None:
-    """After the roll-back the incumbent's coroutine goes on with each, at once, and has what was pushed meanwhile."""
-    deployment = Deployment(copyover_server, tmp_path, ROOM.replace("SLOWLY", "pass"), move="together")
-    server = deployment.server
-    with Client(server.address) as one, Client(server.address) as slow:
-        assert one.ask(b"who\n") == b"one\n"
-        assert slow.ask(b"slow\n") == b"yes\n"
-        deployment.deploy("two", ROOM.replace("SLOWLY", "await asyncio.Event().wait()"))
-        with reloading(server, bake=50) as result:
-            with client_of(server, b"two\n") as fresh:
-                assert fresh.ask(b"hello\n") == b"hello of two\n"
-                assert server.command("cancel", "--json").exit_code == 0
-                assert result().assert_refused().kept == 0
-                assert fresh.ask(b"who\n") == b"one\n"
-            for client in (one, slow):
-                assert client.line() == b"hello of two\n"
                 assert client.ask(b"who\n") == b"one\n"
 
 

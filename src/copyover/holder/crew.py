@@ -132,6 +132,7 @@ class Crew:
         hand.channel.on_backlog = lambda backlog: self._watch_channel(hand, backlog)
 
     def _watch_channel(self, hand: Hand, backlog: Backlog) -> None:
+        self._loop.cancel_timer(f"hear {hand.worker}")  # it would watch for input alone
         mask = selectors.EVENT_READ | (selectors.EVENT_WRITE if backlog is Backlog.FULL else 0)
         self._loop.watch(hand.channel, lambda: self._receive(hand), mask)
         if backlog is Backlog.SCARCE:

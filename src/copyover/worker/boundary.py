@@ -32,7 +32,17 @@ class Standing(Served):
     was entered or passed its last boundary, and is not pinned.
     """
 
-    __slots__ = ("_busy", "_drainers", "_gate", "_idle", "_is_stopping", "_is_waiting", "_pins", "_waiter")
+    __slots__ = (
+        "_busy",
+        "_drainers",
+        "_gate",
+        "_idle",
+        "_is_stopping",
+        "_is_waiting",
+        "_may_be_behind",
+        "_pins",
+        "_waiter",
+    )
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, transport: Transport, *, cookie: int, listener: str, limits: Limits
@@ -46,6 +56,7 @@ class Standing(Served):
         self._pins: list[str] | None = None
         self._is_waiting = False
         self._is_stopping = False
+        self._may_be_behind = True  # bytes may have come or gone since it was saved
 
     # ---- for the runtime
 
@@ -97,6 +108,7 @@ class Standing(Served):
 
     def _arrive(self) -> None:
         self._busy = None
+        self._may_be_behind = False
         self._carried = 0
         if self.slot is not None and not self._pins and self._transport.phase is _OPEN:
             self.slot.save(self._transport, self.state)
@@ -113,6 +125,7 @@ class Standing(Served):
         if self._may_halt:
             self._halt_and_say()
             await self._pass_gate()
+            self._may_be_behind = True  # input may have come before it was let go on
 
     @property
     def _is_gated(self) -> bool:
@@ -134,11 +147,13 @@ class Standing(Served):
         if held_back is not None:
             raise held_back
 
-    async def _wait(self, *, is_again: bool) -> None:
-        """Sleep until something changed, and as long as it is halted; *is_again* if something has, since it arrived."""
+    async def _wait(self) -> None:
+        """Sleep until something changed, and as long as the connection is halted."""
         self._is_waiting = True
-        if is_again and self.slot is not None and self.slot.is_behind(self._transport) and self.is_at_boundary:
+        is_behind = self._may_be_behind and self.slot is not None and self.slot.is_behind(self._transport)
+        if is_behind and self.is_at_boundary:
             self._save()
+        self._may_be_behind = True
         self._waiter = self._loop.create_future()
         try:
             await self._waiter

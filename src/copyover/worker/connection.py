@@ -296,16 +296,13 @@ class Connection(Standing, Generic[S]):
         self._idle = waited  # type: ignore[assignment]  # a Future[T] is only asked whether it is done
         waited.add_done_callback(lambda _: self._wake())
         try:
-            is_again = False
             while not waited.done():
                 if self._course is _ASKED:
                     await self._halt_if_may()
-                    is_again = True  # input may have come before it was let go on
                 if self._transport.error is not None or self._is_stopping:
                     self._check_open()
                     raise ConnectionClosed("the server is stopping")
-                await self._wait(is_again=is_again)
-                is_again = True
+                await self._wait()
             self._busy = "idle()"
             return waited.result()
         finally:
@@ -335,24 +332,19 @@ class Connection(Standing, Generic[S]):
         """Wait for input, or for the end. Freezable as long as nothing was consumed or written since a boundary."""
         if self._busy is None:
             self._arrive()
-        is_again = False
         while True:
             if self._course is _ASKED:
                 await self._halt_if_may()
-                is_again = True  # input may have come before it was let go on
             if is_enough(self._transport.input) or self.is_over:
                 return
-            await self._wait(is_again=is_again)
-            is_again = True
+            await self._wait()
 
     async def next_message(self, take: Callable[[], M | None], how: str) -> M | None:
         """Return the next message, None at the end; for the iterators."""
         self._arrive()
-        is_again = False
         while True:
             if self._course is _ASKED:
                 await self._halt_if_may()
-                is_again = True  # input may have come before it was let go on
             message = take()
             if message is not None:
                 self._busy = how
@@ -360,8 +352,7 @@ class Connection(Standing, Generic[S]):
                 return message
             if self.is_over:
                 return None
-            await self._wait(is_again=is_again)
-            is_again = True
+            await self._wait()
 
 
 class _Messages(Generic[M]):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Sequence
 
-TURN_S = 0.001  # what letting in may take of one turn: between them who is in is served
+TURN_S = 0.001  # what a move may take of one turn of the loop: between them who is served is served
 ENTER_S = 1.0  # how long it waits for those that do not reach a boundary, once none does
 
 

@@ -25,7 +25,7 @@ from copyover.sockets import cookie_of
 from copyover.worker import effects
 from copyover.worker.accepting import Acceptor
 from copyover.worker.agent import Agent
-from copyover.worker.entrance import Entrance
+from copyover.worker.entrance import TURN_S, Entrance
 from copyover.worker.poller import watcher_of
 from copyover.worker.seeking import Identity, Seeker
 from copyover.worker.served import Course, Served
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("copyover.worker")
 
-TURN_S = 0.001  # what the holder's packets may take of one turn: between them who is served is served
 RELEASE_S = 0.002  # how long an ended connection may wait for others, so that their releases are one message
 EXIT_S = 5.0
 LAST_S = 1.0
@@ -448,7 +447,11 @@ class Runtime:
     def _socket_of(self, descriptor: int, listener: int) -> socket.socket:
         """Return a socket of *descriptor*; what kind it is takes three system calls to find out, once a listener."""
         kind = self._kinds.get(listener)
-        return socket.socket(fileno=descriptor) if kind is None else socket.socket(*kind, descriptor)
+        if kind is not None:
+            return socket.socket(*kind, descriptor)
+        first = socket.socket(fileno=descriptor)
+        self._kind_of(listener, first)
+        return first
 
     def _kind_of(self, listener: int, sock: socket.socket) -> tuple[int, int, int]:
         kind = self._kinds.get(listener)

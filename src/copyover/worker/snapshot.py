@@ -74,9 +74,7 @@ class Snapshot:
         Of a class of the application's that is not certain: its defaults, converters and hooks have had their say.
         """
         kind = type(state)
-        if attrs.has(kind):
-            return
-        values = self._values_of(state, kind)
+        values = self._values_of(state, kind) if kind is dict or kind in _LEAVES else None
         if values is not None and _LEAVES.issuperset(map(type, values)):
             self._kind, self._values, self._encoded = kind, values, encoded
             self._keys = list(state) if isinstance(state, dict) else []

@@ -111,6 +111,8 @@ class Transport:
             self.input += self.held
             self.held = b""
             self.on_change()
+            if not self._is_running:
+                return  # that has halted or closed it: what is unsent is somebody else's
         if self.phase is _LINGERING:
             self._begin_linger()
             return
@@ -211,9 +213,9 @@ class Transport:
     # ---- the event loop's side
 
     def _watch(self, wanted: int) -> None:
-        before, self._watched = self._watched, wanted
-        if before != wanted:
-            self._watcher.watch(self, before, wanted)
+        if wanted != self._watched:
+            self._watcher.watch(self, self._watched, wanted)
+            self._watched = wanted  # not before: the kernel may have no room for another. epoll_ctl(2), ENOSPC
 
     def _watch_input(self) -> None:
         is_wanted = self._is_running and not self.is_ended and len(self.input) < self._high_water
