@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import shutil
 import socket
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -21,11 +18,12 @@ from benchmarks.figures import THOROUGH, Figure, Goal, Part, Series, at_least, a
 from benchmarks.running import Crowd
 from demo_running import DemoError
 
+from benches import run_bench
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 ROOT = Path(__file__).parent.parent
-BENCH = ROOT / "scripts" / "bench"
 DEADLINE_S = 120.0
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -47,20 +45,8 @@ class Run:
 def bench(directory: Path, *arguments: str, path: str | None = None) -> Run:
     """Run the script; it writes into *directory*, and finds programs on *path*."""
     shutil.copy(ROOT / "README.md", directory)
-    places = {"--json": directory / "b.json", "--charts": directory, "--readme": directory / "README.md"}
-    flags = [str(word) for pair in places.items() for word in pair]
-    environment = os.environ if path is None else {**os.environ, "PATH": path}
-    done = subprocess.run(
-        [sys.executable, str(BENCH), "--quick", *arguments, *flags],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    told = json.loads((directory / "b.json").read_text(encoding="utf-8"))
-    return Run(done.stdout, told, directory / "bench.svg", (directory / "README.md").read_text(encoding="utf-8"))
+    stdout, told = run_bench(directory, *arguments, "--readme", str(directory / "README.md"), path=path)
+    return Run(stdout, told, directory / "bench.svg", (directory / "README.md").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")

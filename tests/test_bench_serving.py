@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-BENCH = Path(__file__).parent.parent / "scripts" / "bench"
-DEADLINE_S = 180.0
+from benches import run_bench
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
 LOOPS = ("asyncio", "uvloop")
 
 
 def measured(directory: Path, *parts: str, path: str | None = None) -> dict[str, dict[str, Any]]:
     """Run the parts with small numbers, and return what they found, by name."""
-    places = ["--json", str(directory / "b.json"), "--charts", str(directory)]
-    done = subprocess.run(
-        [sys.executable, str(BENCH), "--quick", "--repeats", "1", "--only", *parts, *places],
-        env=os.environ if path is None else {**os.environ, "PATH": path},
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    told = json.loads((directory / "b.json").read_text(encoding="utf-8"))
+    _, told = run_bench(directory, "--repeats", "1", "--only", *parts, path=path)
     return {part["name"]: part for part in told["parts"]}
 
 
